@@ -1,0 +1,24 @@
+"""What watches a run: measuring, stopping, showing and logging."""
+
+from fedbe.callbacks.communication import CommunicationCallback
+from fedbe.callbacks.convergence import ConvergenceCallback
+from fedbe.callbacks.logging import LoggingCallback
+from fedbe.callbacks.plots import PlotCallback
+from fedbe.callbacks.progress import ProgressCallback
+from fedbe.callbacks.records import metric_value
+from fedbe.callbacks.report import summary_table
+from fedbe.callbacks.retention import RetentionCallback
+from fedbe.callbacks.stopping import EarlyStopping, KeepBest
+
+__all__ = [
+    "CommunicationCallback",
+    "ConvergenceCallback",
+    "EarlyStopping",
+    "KeepBest",
+    "LoggingCallback",
+    "PlotCallback",
+    "ProgressCallback",
+    "RetentionCallback",
+    "metric_value",
+    "summary_table",
+]

@@ -1,0 +1,22 @@
+"""What travels between server and clients."""
+
+from fedbe.callback import FederatedCallback
+from fedbe.loop import FederatedLoop
+from fedbe.update import ClientTask, Update, payload_bytes
+
+
+class CommunicationCallback(FederatedCallback):
+    """Counts the bytes of the tensors that travel, exactly: down to the clients and up to the server."""
+
+    def on_client_start(self, loop: FederatedLoop, task: ClientTask) -> None:
+        """Count what the client receives."""
+        loop.record["bytes"]["down"] += payload_bytes(task.received.values())
+
+    def on_client_end(self, loop: FederatedLoop, task: ClientTask, update: Update) -> None:
+        """Count what the client sends."""
+        loop.record["bytes"]["up"] += payload_bytes(update.tensors.values())
+
+    def on_run_end(self, loop: FederatedLoop) -> None:
+        """Add the totals of all rounds to the summary."""
+        for direction in ("up", "down"):
+            loop.summary[f"bytes_{direction}"] = sum(record["bytes"][direction] for record in loop.history)

@@ -1,0 +1,17 @@
+"""Pictures of a run, as files."""
+
+from fedbe.callback import FederatedCallback
+from fedbe.callbacks.figures import figures
+from fedbe.loop import FederatedLoop
+
+
+class PlotCallback(FederatedCallback):
+    """Writes the pictures of a finished run into its folder `plots/`.
+
+    Learning and forgetting by round, by simulated second and by byte; who trained which block when.
+    """
+
+    def on_run_written(self, loop: FederatedLoop) -> None:
+        """Draw and write the pictures."""
+        for name, figure in figures(loop.history):
+            figure.savefig(loop.folder.plots / name)

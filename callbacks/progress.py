@@ -1,0 +1,106 @@
+"""What is seen of a run while it goes on, and the table at its end."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedbe.callback import FederatedCallback
+from fedbe.callbacks.report import (
+    readable_bytes,
+    readable_seconds,
+    readable_share,
+    summary_lines,
+    summary_table,
+)
+from fedbe.loop import FederatedLoop
+from fedbe.update import ClientTask, Update
+
+_MOST_LINES = 50
+
+
+class ProgressCallback(FederatedCallback):
+    """One quiet display of rounds and clients on a terminal, plain lines elsewhere, and the table at the end.
+
+    Elsewhere (a file, a pipe, a notebook) a round is at most one line, and a run is about fifty.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self._display: Progress | None = None
+
+    def on_run_start(self, loop: FederatedLoop) -> None:
+        """Open the display, if there is a terminal to show it on."""
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._display = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+            self._rounds = self._display.add_task("rounds", total=loop.rounds, completed=len(loop.history), note="")
+            self._clients = self._display.add_task("clients", total=None, note="")
+            self._display.start()
+
+    def on_round_start(self, loop: FederatedLoop) -> None:
+        """Begin a new cohort."""
+        self._update_clients(total=len(loop.record["cohort"]), completed=0)
+
+    def on_client_start(self, loop: FederatedLoop, task: ClientTask) -> None:
+        """Name the client that trains."""
+        self._update_clients(note=task.client_id)
+
+    def on_client_end(self, loop: FederatedLoop, task: ClientTask, update: Update) -> None:
+        """Count the client."""
+        self._update_clients(advance=1)
+
+    def on_aggregate(self, loop: FederatedLoop, new_state: object) -> None:
+        """Say that the new model is being scored."""
+        self._update_clients(note="scoring")
+
+    def on_round_written(self, loop: FederatedLoop) -> None:
+        """Show the round's figures."""
+        number, total = loop.record["round"], loop.rounds
+        note = _note(loop)
+        if self._display is not None:
+            self._display.update(self._rounds, completed=number, note=note)
+        elif number % -(-total // _MOST_LINES) == 0 or number == total:
+            wall = readable_seconds(loop.record["wall_seconds"])
+            self._print(f"round {number:>{len(str(total))}}/{total} · {note} · {wall}")
+
+    def on_last_round(self, loop: FederatedLoop) -> None:
+        """Say that the final model is being scored."""
+        self._update_clients(note="scoring the final model")
+
+    def on_exception(self, loop: FederatedLoop, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self._close()
+
+    def on_run_written(self, loop: FederatedLoop) -> None:
+        """Close the display and print the table."""
+        self._close()
+        self.console.print(summary_table(loop.summary))
+        for line in summary_lines(loop.summary, loop.folder.path):
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _update_clients(self, **changes: Any) -> None:
+        if self._display is not None:
+            self._display.update(self._clients, **changes)
+
+    def _close(self) -> None:
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+
+
+def _note(loop: FederatedLoop) -> str:
+    downstream, kept = loop.record["downstream"], loop.record["retention"]
+    parts = [f"accuracy {downstream['accuracy']:.3f}"] if downstream else []
+    parts += [f"kept {readable_share(kept['mean'])}"] if kept else []
+    for direction in ("up", "down"):
+        parts.append(f"{readable_bytes(sum(record['bytes'][direction] for record in loop.history))} {direction}")
+    return " · ".join(parts)

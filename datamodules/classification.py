@@ -1,0 +1,134 @@
+"""Sequence classification: one class for each text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, Value
+
+from fedbe.corpora import SPLITS, Corpus
+from fedbe.data import Batch, pad_samples, pad_token_id
+from fedbe.datamodules.corpus import (
+    CorpusDataModule,
+    length_problem,
+    string_problems,
+    tokenizer_problems,
+    vocabulary_problems,
+)
+from fedbe.datamodules.flower import FlowerPartitioner
+from fedbe.datamodules.labels import LabelSet
+from fedbe.datamodules.partition import Partitioner, raise_problems
+from fedbe.datamodules.tokens import LabelledTokens, Ragged
+from fedbe.errors import Problem
+
+
+class LabelledDataModule(CorpusDataModule):
+    """Base class of classification data: holds the set of classes.
+
+    Args:
+        corpus: Source of the three splits.
+        partitioner: Rule that gives each client its rows.
+        label_column: Column of the class: strings, integers or a `datasets.ClassLabel`.
+        labels: Names of the classes in order; ``None`` to take those of the training split.
+        batch_size: Samples in a client's local step.
+        eval_batch_size: Samples in a validation or test batch; ``None`` for four times `batch_size`.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        partitioner: Partitioner | FlowerPartitioner,
+        label_column: str = "label",
+        labels: list[str] | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(corpus, partitioner, batch_size, eval_batch_size)
+        self._label_column = label_column
+        self.labels = labels
+        self._label_set: LabelSet | None = None
+
+    @property
+    def label_column(self) -> str:
+        """Column of the class."""
+        return self._label_column
+
+    @property
+    def label_set(self) -> LabelSet:
+        """The classes, read from the training split on first use."""
+        if self._label_set is None:
+            self._label_set = LabelSet(self._split("train"), self._label_column, self.labels)
+        return self._label_set
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes; known before `connect`, so that a model can be made for it."""
+        return len(self.label_set.names)
+
+    def _row_problems(self, key: str) -> list[Problem]:
+        key = f"{key}.label_column" if self.labels is None else f"{key}.labels"
+        if not isinstance(self._split("train").features[self._label_column], Value | ClassLabel):
+            return [Problem(key, self._label_column, "is no column of single values; name one of strings or integers.")]
+        problems = [problem for split in SPLITS for problem in self.label_set.problems(key, split, self._split(split))]
+        if self.num_labels < 2:
+            problems.append(Problem(key, self.label_set.names, "classification needs two classes or more."))
+        return problems
+
+
+class SequenceClassificationDataModule(LabelledDataModule):
+    """Texts and their classes.
+
+    Texts have the tokenizer's special tokens and are cut at the right to ``max_length`` tokens. Batches hold
+    ``input_ids`` and ``attention_mask``, ``[samples, tokens]``, and ``labels``, ``[samples]``.
+
+    Args:
+        corpus: Source of the three splits.
+        partitioner: Rule that gives each client its rows.
+        text_column: Column of the text.
+        label_column: Column of the class: strings, integers or a `datasets.ClassLabel`.
+        labels: Names of the classes in order; ``None`` to take those of the training split.
+        max_length: Most tokens of a sample.
+        batch_size: Samples in a client's local step.
+        eval_batch_size: Samples in a validation or test batch; ``None`` for four times `batch_size`.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        partitioner: Partitioner | FlowerPartitioner,
+        text_column: str = "text",
+        label_column: str = "label",
+        labels: list[str] | None = None,
+        max_length: int = 128,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(corpus, partitioner, label_column, labels, batch_size, eval_batch_size)
+        self.text_column = text_column
+        self.max_length = max_length
+
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Join samples, padded at the right to the longest, with an attention mask."""
+        return pad_samples(samples, pad_token_id(self.tokenizer), attention_mask=True)
+
+    def _columns(self) -> Mapping[str, str]:
+        return {"text_column": self.text_column, "label_column": self.label_column}
+
+    def _argument_problems(self, key: str) -> list[Problem]:
+        return length_problem(f"{key}.max_length", self.max_length, 1)
+
+    def _model_problems(self, key: str) -> list[Problem]:
+        return tokenizer_problems(f"{key}.max_length", self.max_length, self.tokenizer, self.model_config)
+
+    def _row_problems(self, key: str) -> list[Problem]:
+        texts = string_problems(key, {"text_column": self.text_column}, self._split("train"))
+        return [*texts, *super()._row_problems(key)]
+
+    def _encode(self, rows: Dataset, split: str) -> LabelledTokens:
+        if self.tokenizer is None:
+            raise RuntimeError("`setup` needs a tokenizer; call `connect` first.")
+        texts = [text or "" for text in rows[self.text_column]]
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
+        sequences = Ragged.of(encoded["input_ids"])
+        raise_problems(vocabulary_problems(sequences.tokens, self.model_config))
+        return LabelledTokens(sequences, torch.tensor(self.label_set.classes(rows), dtype=torch.int64))

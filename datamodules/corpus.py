@@ -1,0 +1,243 @@
+"""What the ready data modules share: a corpus in three splits whose training split is divided among clients."""
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from fedbe.corpora import SPLITS, Corpus
+from fedbe.data import FederatedDataModule
+from fedbe.datamodules.flower import FlowerPartitioner, as_partitioner
+from fedbe.datamodules.partition import Partitioner, column_problems, partition_problems, raise_problems
+from fedbe.errors import ConfigError, Problem
+
+
+class CorpusDataModule(FederatedDataModule):
+    """Base class of data modules over a corpus: loads it, checks it, divides it, keeps each client's samples encoded.
+
+    A subclass says which columns it reads and how it encodes rows.
+
+    Args:
+        corpus: Source of the three splits.
+        partitioner: Rule that gives each client its rows; those of `flwr_datasets.partitioner` are accepted too.
+        batch_size: Samples in a client's local step.
+        eval_batch_size: Samples in a validation or test batch; ``None`` for four times `batch_size`.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        partitioner: Partitioner | FlowerPartitioner,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size)
+        self.corpus = corpus
+        self.partitioner = as_partitioner(partitioner)
+        self._loaded: dict[str, Dataset] = {}
+        self._encoded: dict[str, TorchDataset[Any]] = {}
+        self._clients: dict[str, TorchDataset[Any]] = {}
+        self._rows: dict[str, int] = {}
+        self._labels: dict[str, Counter[str]] = {}
+
+    @abstractmethod
+    def _columns(self) -> Mapping[str, str]:
+        """Return the columns that are read, by the name of the argument that names them."""
+
+    @abstractmethod
+    def _encode(self, rows: Dataset, split: str) -> TorchDataset[Any]:
+        """Return the samples of some rows of a split, of known length."""
+
+    def _argument_problems(self, key: str) -> list[Problem]:
+        """Return the mistakes in the subclass's own arguments; ``key`` is the start of their keys."""
+        return []
+
+    def _model_problems(self, key: str) -> list[Problem]:
+        """Return what the connected tokenizer and model cannot do; nothing before `connect`."""
+        return []
+
+    def _row_problems(self, key: str) -> list[Problem]:
+        """Return mistakes in the rows themselves; the splits are loaded and have the columns."""
+        return []
+
+    @property
+    def label_column(self) -> str | None:
+        """Column whose distribution over the clients is reported; the partitioner's by default."""
+        return self.partitioner.label_column
+
+    @property
+    def client_ids(self) -> Sequence[str]:
+        """The clients' names, in the partitioner's order; available after `setup`."""
+        return tuple(self._clients)
+
+    def client_dataset(self, client_id: str) -> TorchDataset[Any]:
+        """Return the training set of one client."""
+        return self._clients[client_id]
+
+    def validation_dataset(self) -> TorchDataset[Any]:
+        """Return the validation split."""
+        return self._encoded["validation"]
+
+    def test_dataset(self) -> TorchDataset[Any]:
+        """Return the test split."""
+        return self._encoded["test"]
+
+    def client_rows(self, client_id: str) -> int:
+        """Return how many rows of the training split a client holds."""
+        return self._rows[client_id]
+
+    def client_labels(self, client_id: str) -> Counter[str]:
+        """Return how many rows of each label a client holds; empty when there is no `label_column`."""
+        return self._labels.get(client_id, Counter())
+
+    def connect(
+        self, tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig | None, seed: int
+    ) -> None:
+        """Receive tokenizer, model configuration and seed.
+
+        Raises:
+            ConfigError: When the data cannot be given to this model.
+        """
+        super().connect(tokenizer, model_config, seed)
+        raise_problems(self._model_problems("data.init_args"))
+
+    def check(self, key: str = "data") -> list[Problem]:
+        """Return every mistake in the configuration and the corpus; the splits are loaded once, here or in `setup`."""
+        inner = f"{key}.init_args"
+        problems = [
+            *(
+                Problem(f"{inner}.{name}", value, "must be 1 or more.")
+                for name, value in (("batch_size", self.batch_size), ("eval_batch_size", self.eval_batch_size))
+                if value < 1
+            ),
+            *self._argument_problems(inner),
+            *self._model_problems(inner),
+        ]
+        found = self.corpus.check(f"{inner}.corpus.init_args") or self._load(f"{inner}.corpus")
+        found = found or self._column_problems(inner)
+        if not found:
+            found += self.partitioner.check(f"{inner}.partitioner.init_args", self._loaded["train"])
+            found += self._row_problems(inner)
+        return [*problems, *found]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, divide and encode the corpus; a second call does nothing.
+
+        Raises:
+            ConfigError: With every mistake that `check` finds, or for a client or split without a sample.
+        """
+        if self._clients:
+            return
+        raise_problems(self.check())
+        train = self._loaded["train"]
+        partition = self.partitioner.partition(train, self.seed)
+        raise_problems(partition_problems("data.init_args.partitioner", partition, len(train)))
+        held = {client: train.select(rows) for client, rows in partition.items()}
+        clients = {client: self._encode(rows, "train") for client, rows in held.items()}
+        self._encoded = {split: self._encode(self._loaded[split], split) for split in SPLITS if split != "train"}
+        raise_problems(_emptiness(clients, self._encoded))
+        self._rows = {client: len(rows) for client, rows in partition.items()}
+        if self.label_column is not None:
+            self._labels = {client: _histogram(rows, self.label_column) for client, rows in held.items()}
+        self._clients = clients
+        self._loaded = {}  # encoded by now; an encoding that reads rows late holds them itself
+
+    def _split(self, split: str) -> Dataset:
+        """Return a split, loaded on first use."""
+        if split not in self._loaded:
+            self._loaded[split] = self.corpus.load(split)
+        return self._loaded[split]
+
+    def _load(self, key: str) -> list[Problem]:
+        problems: list[Problem] = []
+        for split in SPLITS:
+            try:
+                if len(self._split(split)) == 0:
+                    problems.append(Problem(key, split, "this split has no row; name a source that has some."))
+            except ConfigError as error:
+                problems += error.problems
+            except (OSError, ValueError, DatasetsError) as error:
+                problems.append(Problem(key, split, f"this split cannot be read: {error}"))
+        return problems
+
+    def _column_problems(self, key: str) -> list[Problem]:
+        found = (
+            problem
+            for split in SPLITS
+            for name, column in self._columns().items()
+            for problem in column_problems(f"{key}.{name}", column, self._loaded[split])
+        )
+        return list({problem.key: problem for problem in found}.values())
+
+
+def tokenizer_problems(
+    key: str, value: int, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig | None
+) -> list[Problem]:
+    """Return a missing tokenizer, or sequences longer than the model has positions for.
+
+    Args:
+        key: Key of the argument that sets the length.
+        value: The length, in tokens.
+        tokenizer: The base model's tokenizer.
+        config: The base model's configuration; nothing is known before it is connected.
+    """
+    if config is None:
+        return []
+    problems = []
+    if tokenizer is None:
+        name = config.name_or_path or config.model_type
+        problems.append(Problem("model", name, "has no tokenizer, and this data is text; name a model that has one."))
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa and its kin number positions from the padding id on.
+        positions -= (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+        if value > positions:
+            problems.append(Problem(key, value, f"the model has {positions} positions; write {positions} or less."))
+    return problems
+
+
+def vocabulary_problems(tokens: Tensor, config: PretrainedConfig | None) -> list[Problem]:
+    """Return a problem when the largest of the token ids has no embedding in the model."""
+    size = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    largest = int(tokens.max()) if len(tokens) else 0
+    if not isinstance(size, int) or largest < size:
+        return []
+    remedy = f"is a token id of the tokenizer, but the model embeds only {size}; use the model's own tokenizer."
+    return [Problem("model", largest, remedy)]
+
+
+def string_problems(key: str, columns: Mapping[str, str], dataset: Dataset) -> list[Problem]:
+    """Return the columns that do not hold strings; ``columns`` names each by its argument."""
+    return [
+        Problem(f"{key}.{name}", column, f"holds {dataset.features[column]}, not text; name a column of strings.")
+        for name, column in columns.items()
+        if getattr(dataset.features[column], "dtype", None) not in ("string", "large_string")
+    ]
+
+
+def length_problem(key: str, value: int, least: int) -> list[Problem]:
+    """Return a problem when a number of tokens is below ``least``."""
+    return [] if value >= least else [Problem(key, value, f"must be {least} or more.")]
+
+
+def _emptiness(clients: Mapping[str, TorchDataset[Any]], splits: Mapping[str, TorchDataset[Any]]) -> list[Problem]:
+    problems = []
+    if empty := [client for client, samples in clients.items() if not len(samples)]:  # type: ignore[arg-type]
+        remedy = "these clients have rows but no sample that can be trained on; give them more data or leave them out."
+        problems.append(Problem("data.init_args.partitioner", ", ".join(empty), remedy))
+    for split, samples in splits.items():
+        if not len(samples):  # type: ignore[arg-type]
+            remedy = "no row of this split makes a sample; check its columns."
+            problems.append(Problem("data.init_args.corpus", split, remedy))
+    return problems
+
+
+def _histogram(rows: Dataset, column: str) -> Counter[str]:
+    names = getattr(rows.features[column], "names", None)
+    return Counter(str(value if names is None or value is None else names[value]) for value in rows[column])

@@ -1,0 +1,11 @@
+"""Federated fine-tuning of transformers with expanded blocks (FedBE, arXiv 2506.05977)."""
+
+from pathlib import Path
+
+# `fedbe.callbacks`, `fedbe.datamodules` and `fedbe.configs` are top-level folders of the repository. An installation
+# maps them into the package; straight from a checkout (and in editable mode) they are found through this path.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "callbacks").is_dir():
+    __path__.append(str(_root))
+
+__version__ = "0.1.0"

@@ -1,0 +1,76 @@
+"""The sample-weighted mean over the clients that trained a tensor, one update in memory at a time."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedbe.errors import UpdateError
+from fedbe.update import Update
+
+
+def check_update(update: Update, state: Mapping[str, Tensor]) -> None:
+    """Refuse an update that must not enter an average.
+
+    Args:
+        update: What a client sent.
+        state: The global tensors it was trained from.
+
+    Raises:
+        UpdateError: The weight is not positive, a name is unknown, or a tensor has another shape or type, or holds a
+            value that is not finite; the message names the client and the tensor.
+    """
+    who = f"client {update.client_id!r}"
+    if not (math.isfinite(update.samples) and update.samples > 0):
+        raise UpdateError(f"{who} reports {update.samples} samples: a weight must be positive")
+    for name, tensor in update.tensors.items():
+        if name not in state:
+            raise UpdateError(f"{who} sent {name!r}, which is not a trainable tensor of this run")
+        expected = state[name]
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            raise UpdateError(
+                f"{who} sent {name!r} as {tuple(tensor.shape)} {tensor.dtype}, "
+                f"expected {tuple(expected.shape)} {expected.dtype}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UpdateError(f"{who} sent {name!r} with values that are not finite")
+
+
+class HolderMean:
+    """Streaming mean of updates, per tensor over its holders, weighted by samples, in float32.
+
+    θ_j ← Σ_{k∈H_j} n_k θ_jk / Σ_{k∈H_j} n_k over the holders H_j of tensor j; a tensor without holders keeps its value.
+    The mean is updated in place, m += (n/N)(θ − m), so that one client's update and equal updates come out to the bit.
+
+    Args:
+        state: The global tensors at the start of the round, by exact name.
+
+    Source: FedAvg (arXiv 1602.05629) restricted to holders; the restriction is our reading of FedBE.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+        self._mean: dict[str, Tensor] = {}
+        self._weight: dict[str, int] = {}
+
+    def add(self, update: Update) -> None:
+        """Take in one update; call in the order of the cohort, since floating-point sums depend on order.
+
+        Raises:
+            UpdateError: See `check_update`; nothing of the update is kept then.
+        """
+        check_update(update, self._state)
+        for name, tensor in update.tensors.items():
+            weight = self._weight[name] = self._weight.get(name, 0) + update.samples
+            if name in self._mean:
+                self._mean[name].lerp_(tensor.detach().float(), update.samples / weight)
+            else:
+                self._mean[name] = tensor.detach().to(torch.float32, copy=True)
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the next global tensors, of the same names, shapes and types as the state."""
+        return {
+            name: self._mean[name].to(tensor.dtype) if name in self._mean else tensor
+            for name, tensor in self._state.items()
+        }

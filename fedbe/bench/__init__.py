@@ -1,0 +1,1 @@
+"""Measurements of the framework itself, run by ``fedbe bench``."""

@@ -1,0 +1,135 @@
+"""What federation costs: a run's wall time over a bare PyTorch loop that takes the same local steps."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fedbe.callback import FederatedCallback
+from fedbe.client import load_tensors
+from fedbe.engines import InProcessEngine
+from fedbe.expansion import freeze, set_training_modes
+from fedbe.loop import FederatedLoop
+from fedbe.models import forward_options
+from fedbe.seeding import derive_seed, generator, isolated_rng
+from fedbe.update import ClientTask, Update
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Result of `measure_overhead`.
+
+    Attributes:
+        federated_seconds: Wall time of each round, evaluation aside.
+        bare_seconds: Wall time of the same round's local steps in a bare PyTorch loop.
+        client_runs: Clients trained in all rounds together.
+        largest_difference: Largest absolute difference between a tensor that a client sent and the bare loop's.
+    """
+
+    federated_seconds: tuple[float, ...]
+    bare_seconds: tuple[float, ...]
+    client_runs: int
+    largest_difference: float
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Federated over bare, round by round."""
+        return tuple(a / b for a, b in zip(self.federated_seconds, self.bare_seconds, strict=True))
+
+    def __str__(self) -> str:
+        ratio, federated, bare = map(statistics.median, (self.ratios, self.federated_seconds, self.bare_seconds))
+        per_client = 1e3 * (sum(self.federated_seconds) - sum(self.bare_seconds)) / self.client_runs
+        return (
+            f"rounds measured            {len(self.ratios)} ({self.client_runs} client runs), after one to warm up\n"
+            f"federated, a round         {federated:.3f} s   (min {min(self.federated_seconds):.3f}, "
+            f"max {max(self.federated_seconds):.3f})\n"
+            f"bare PyTorch, a round      {bare:.3f} s   (min {min(self.bare_seconds):.3f}, "
+            f"max {max(self.bare_seconds):.3f})\n"
+            f"ratio, median              {ratio:.3f}   (min {min(self.ratios):.3f}, max {max(self.ratios):.3f})\n"
+            f"overhead per client run    {per_client:.1f} ms\n"
+            f"largest tensor difference  {self.largest_difference:g}"
+        )
+
+
+class _Recorder(FederatedCallback):
+    """Keeps what a round's clients were given and what they sent."""
+
+    def __init__(self) -> None:
+        self.tasks: list[ClientTask] = []
+        self.updates: list[Update] = []
+
+    def on_round_start(self, loop: FederatedLoop) -> None:
+        self.tasks, self.updates = [], []
+
+    def on_client_end(self, loop: FederatedLoop, task: ClientTask, update: Update) -> None:
+        self.tasks.append(task)
+        self.updates.append(update)
+
+
+def measure_overhead(loop: FederatedLoop, engine: InProcessEngine, rounds: int) -> Overhead:
+    """Run rounds of `loop` and, after each, its clients' local steps again in a bare PyTorch loop.
+
+    Args:
+        loop: Ready to run, with more rounds than `rounds` + 1 and no evaluation among them.
+        engine: The loop's engine, whose trainer options name ``max_steps``.
+        rounds: Rounds to measure; one more is run first.
+    """
+    recorder = _Recorder()
+    loop.callbacks = [*loop.callbacks, recorder]
+    loop.setup()
+    loop.on_run_start()
+    federated, bare, differences, runs = [], [], [], 0
+    for index in range(rounds + 1):
+        federated_seconds, _ = timed(loop.advance)
+        bare_seconds, sent = timed(lambda: [bare_client(engine, task) for task in recorder.tasks])
+        loop.restore(loop.state)
+        differences += [difference(a, b.tensors) for a, b in zip(sent, recorder.updates, strict=True)]
+        if index:
+            federated.append(federated_seconds)
+            bare.append(bare_seconds)
+            runs += len(sent)
+    return Overhead(tuple(federated), tuple(bare), runs, max(differences))
+
+
+def bare_client(engine: InProcessEngine, task: ClientTask) -> dict[str, Tensor]:
+    """Take a client's local steps with nothing but PyTorch and return the tensors it trained."""
+    model, steps, clip = engine.model, engine.trainer["max_steps"], engine.trainer.get("gradient_clip_val")
+    who = ("client", task.experience, task.round_index, task.client_id)
+    load_tensors(model, task.received)
+    freeze(model, task.trainable_names)
+    set_training_modes(model, task.trainable_names)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = engine.optimizer(parameters)
+    schedule = engine.schedule.build(optimizer, task.round_index, engine.rounds, steps)
+    loader = engine.data.client_dataloader(task.client_id, generator(engine.seed, "batches", *who))
+    batches = chain.from_iterable(repeat(loader))
+    options = forward_options(model)
+    with isolated_rng(derive_seed(engine.seed, "modules", *who)):
+        for batch in islice(batches, steps):
+            loss = model(**{name: x.to(model.device) for name, x in batch.items()}, **options).loss
+            optimizer.zero_grad()
+            loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            schedule.step()
+    return {name: model.get_parameter(name).detach().clone() for name in task.trainable_names}
+
+
+def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Return the largest absolute difference between tensors of the same names."""
+    return max((first[name] - second[name]).abs().max().item() for name in second)
+
+
+def timed(function: Callable[[], T]) -> tuple[float, T]:
+    """Return how many seconds a call took, and what it returned."""
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result

@@ -1,0 +1,249 @@
+"""The command line: ``fedbe fit | partition | export | pretrain | bench``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from fedbe.config import RunConfig, check_sections
+from fedbe.config_errors import collect, read_raw
+from fedbe.errors import ConfigError, FedBEError, Problem
+
+SET_BY_ENGINE = {"logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 the input cannot be used, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        print(f"fedbe: there is no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        command(words[1:])
+    except ConfigError as error:
+        print(explain(error), file=sys.stderr)
+        return 2
+    except FedBEError as error:
+        print(f"fedbe: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fedbe: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """Return the list of commands."""
+    lines = [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: fedbe COMMAND [options]   (fedbe COMMAND --help)", "", *lines])
+
+
+def explain(error: ConfigError) -> str:
+    """Return every problem of a configuration, a line each."""
+    count = len(error.problems)
+    head = f"fedbe: {count} mistake{'s' if count > 1 else ''}; nothing was started or written"
+    return "\n".join([head, *(f"  - {problem}" for problem in error.problems)])
+
+
+def fit_command(arguments: Sequence[str]) -> None:
+    """Fine-tune a model with simulated clients, as a configuration says."""
+    from fedbe.fit import fit
+
+    parser = fit_parser("fit")
+    run, trainer, config = read_run(parser, arguments)
+    fit(run, trainer, config)
+
+
+def partition_command(arguments: Sequence[str]) -> None:
+    """Print and plot which client gets which data, without training."""
+    from rich.console import Console
+
+    from fedbe.datamodules.report import describe_partition, plot_partition, print_partition
+    from fedbe.fit import connect_data
+
+    run, _, config = read_run(fit_parser("partition"), arguments)
+    problems = [problem for problem in run.check() if problem.key != "output"]
+    if problems:
+        raise ConfigError(*problems)
+    connect_data(run)
+    shares = describe_partition(run.data)
+    print_partition(shares, Console())
+    plot_partition(shares, Path(config["plot"]))
+    print(f"picture: {config['plot']}")
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Write a run's model with its expanded blocks scaled by a dial: 1 as trained, 0 the base model."""
+    from fedbe.expansion import rescale
+
+    parser = ArgumentParser(prog="fedbe export", description=export_command.__doc__, exit_on_error=False)
+    parser.add_argument("run", type=Path, help="A run's folder, or a model folder that fedbe wrote.")
+    parser.add_argument("--to", type=Path, required=True, help="The folder to write; it must not exist.")
+    parser.add_argument("--dial", type=float, default=1.0, help="Factor on the outputs of the expanded blocks.")
+    options = parse(parser, arguments)
+    model = options.run / "model" if (options.run / "model").is_dir() else options.run
+    report = rescale(model, options.to, options.dial)
+    print(f"{report.directory}: {report.reason}")
+
+
+def pretrain_command(arguments: Sequence[str]) -> None:
+    """Train the small base model that comes with fedbe."""
+    from fedbe.pretraining import PretrainConfig, pretrain
+
+    parser = ArgumentParser(prog="fedbe pretrain", description=pretrain_command.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A YAML file with the options below.")
+    parser.add_class_arguments(PretrainConfig)
+    values = parser.instantiate(parse(parser, arguments)).as_dict()
+    values.pop("config")
+    print(pretrain(PretrainConfig(**values)))
+
+
+def bench_command(arguments: Sequence[str]) -> None:
+    """Measure what federation costs on this machine: `overhead` (time) or `memory`."""
+    kinds = {"overhead": bench_overhead, "memory": bench_memory}
+    if not arguments or arguments[0] not in kinds:
+        given = arguments[0] if arguments else None
+        raise ConfigError(Problem("bench", given, f"say what to measure: {' or '.join(kinds)}"))
+    kinds[arguments[0]](arguments[1:])
+
+
+def bench_overhead(arguments: Sequence[str]) -> None:
+    """Measure a run's wall time over a bare PyTorch loop that takes the same local steps, evaluation aside."""
+    from tempfile import TemporaryDirectory
+
+    from fedbe.bench.overhead import measure_overhead
+    from fedbe.engines import InProcessEngine
+    from fedbe.fit import build
+
+    parser = bench_parser("overhead", bench_overhead.__doc__, rounds=10)
+    options = parse(parser, arguments)
+    with TemporaryDirectory() as folder:
+        settings = [f"--federation.rounds={options.rounds + 2}", f"--output={folder}/run"]
+        quiet = ["--federation.evaluate_every_n_rounds=1000000", "--general_tasks=[]"]
+        run, trainer, config = read_run(fit_parser("fit"), [f"--config={options.config}", *settings, *quiet])
+        loop = build(run, trainer, config)
+        if not isinstance(loop.engine, InProcessEngine):
+            raise ConfigError(Problem("engine", type(loop.engine).__name__, "only the in-process engine is measured"))
+        print(measure_overhead(loop, loop.engine, options.rounds))
+
+
+def bench_memory(arguments: Sequence[str]) -> None:
+    """Measure the peak memory of runs with few and with many clients, and its growth over the rounds."""
+    from fedbe.bench.memory import measure_memory
+
+    parser = bench_parser("memory", bench_memory.__doc__, rounds=50)
+    parser.add_argument("--clients", type=list[int], default=[5, 50], help="Numbers of clients; the first is the base.")
+    options = parse(parser, arguments)
+    settings = ["--federation.cohort=5", f"--federation.rounds={options.rounds}", "--logger=none"]
+    results = [measure_memory([f"--config={options.config}", *settings], clients) for clients in options.clients]
+    for result in results:
+        print(result)
+    for result in results[1:]:
+        ratio = result.peak_bytes / results[0].peak_bytes
+        print(f"peak with {result.clients} clients over {results[0].clients}: {ratio:.3f}")
+
+
+def bench_parser(kind: str, description: str | None, rounds: int) -> ArgumentParser:
+    """Return the parser of a benchmark over a run's configuration."""
+    parser = ArgumentParser(prog=f"fedbe bench {kind}", description=description, exit_on_error=False)
+    parser.add_argument("--config", type=Path, default=shipped_config("quickstart"), help="A run's configuration.")
+    parser.add_argument("--rounds", type=int, default=rounds, help="Rounds to measure.")
+    return parser
+
+
+def shipped_config(name: str) -> Path:
+    """Return the path of a configuration that comes with fedbe."""
+    return Path(str(files("fedbe.configs") / f"{name}.yaml"))
+
+
+def fit_parser(command: str, skip: frozenset[str] = frozenset()) -> ArgumentParser:
+    """Return the parser of a run's configuration, without the sections to skip."""
+    description = (fit_command if command == "fit" else partition_command).__doc__
+    parser = ArgumentParser(prog=f"fedbe {command}", description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A YAML file; given again, the later one counts.")
+    parser.add_class_arguments(RunConfig, skip=set(skip))
+    parser.set_defaults({"algorithm": {"class_path": "fedbe.algorithms.BlockExpansion"}})
+    parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=SET_BY_ENGINE)
+    if command == "partition":
+        parser.add_argument("--plot", type=Path, default=Path("partition.png"), help="Where the picture goes.")
+    return parser
+
+
+def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
+    """Return the run, the arguments of its clients' `L.Trainer`, and the resolved configuration.
+
+    Raises:
+        ConfigError: A key, a type or a value does not fit; then with every mistake that can be seen so far.
+    """
+    try:
+        namespace = parser.parse_args(list(arguments))
+    except ArgumentError as first:
+        raise ConfigError(*all_problems(parser, arguments, first)) from first
+    sections, trainer = instantiate(parser, namespace)
+    return RunConfig(**sections), trainer, resolved(parser, namespace)
+
+
+def all_problems(parser: ArgumentParser, arguments: Sequence[str], first: ArgumentError) -> list[Problem]:
+    """Return every mistake of keys, types and values, once the parser has found a first."""
+    problems, rest = collect(parser, read_raw(arguments))
+    if not problems:
+        return [Problem("command line", " ".join(arguments), " ".join(str(first).split()))]
+    if "data" not in rest:
+        parser = fit_parser("fit", frozenset({"data"}))
+    rest.pop("plot", None)
+    try:
+        sections, _ = instantiate(parser, parser.parse_object(rest))
+        found = check_sections(sections)
+    except ConfigError as error:
+        found = list(error.problems)
+    known = {problem.key for problem in problems}
+    return problems + [problem for problem in found if problem.key not in known]
+
+
+def instantiate(parser: ArgumentParser, namespace: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the objects of each section of `RunConfig`, and the arguments of the clients' `L.Trainer`."""
+    values = parser.instantiate(namespace).as_dict()
+    trainer = values.pop("trainer")
+    return {key: value for key, value in values.items() if key not in ("config", "plot")}, trainer
+
+
+def resolved(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
+    """Return the configuration with every default filled in; it runs again as it is, into a new folder."""
+    again = namespace.clone()
+    again.output = None
+    again.pop("config", None)
+    config: dict[str, Any] = yaml.safe_load(parser.dump(again, skip_unset=False))
+    return config
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parse a command's options.
+
+    Raises:
+        ConfigError: They do not fit.
+    """
+    try:
+        return parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(Problem(parser.prog, " ".join(arguments), message)) from error
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "fit": fit_command,
+    "partition": partition_command,
+    "export": export_command,
+    "pretrain": pretrain_command,
+    "bench": bench_command,
+}

@@ -1,0 +1,135 @@
+"""ClientModule: the LightningModule of one client, around the one resident model."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from fedbe.data import Batch
+from fedbe.errors import Problem
+from fedbe.expansion import freeze, set_training_modes
+from fedbe.models import forward_options
+
+OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+"""Builds an optimizer from parameters; in YAML the ``class_path`` and ``init_args`` of a `torch.optim` class."""
+
+
+@dataclass
+class Schedule:
+    """Learning-rate schedule of the clients' optimizers, stepped at each optimizer step.
+
+    Attributes:
+        name: Shape after the warm-up: ``constant``, or ``linear`` or ``cosine`` down to zero.
+        warmup_steps: Steps below the full rate, rising linearly from the first, which is never zero. An expanded block
+            starts with zeroed projections, so that most of its parameters get their first gradient at step 2: a few
+            steps of warm-up keep Adam from jumping.
+        span: ``round``: the schedule starts anew with each client's run; ``run``: it goes on from round to round, over
+            all rounds, whoever takes part.
+    """
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    span: Literal["round", "run"] = "round"
+
+    def check(self, key: str = "client.schedule") -> list[Problem]:
+        """Return the mistakes in this schedule."""
+        if self.warmup_steps < 0:
+            return [Problem(f"{key}.warmup_steps", self.warmup_steps, "give 0 or more steps")]
+        return []
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Return the factor on the learning rate at a 0-based step of `total_steps`, in (0, 1]."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.name == "constant":
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        return max(0.0, 1 - progress) if self.name == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def build(self, optimizer: Optimizer, round_index: int, rounds: int, steps_per_round: int) -> LambdaLR:
+        """Return a scheduler that begins where this round begins.
+
+        Args:
+            optimizer: A fresh optimizer.
+            round_index: 0-based round.
+            rounds: Number of rounds of the run.
+            steps_per_round: Optimizer steps that this client takes in one round.
+        """
+        spans_run = self.span == "run"
+        first = steps_per_round * round_index if spans_run else 0
+        total = steps_per_round * (rounds if spans_run else 1)
+        return LambdaLR(optimizer, lambda step: self.factor(first + step, total))
+
+
+class ClientModule(L.LightningModule):
+    """One client's training of the shared model, with the client's freeze mask.
+
+    Args:
+        model: The resident model, with the client's tensors already loaded.
+        trainable_names: Exact names of the parameters this client trains.
+        optimizer: Builds the optimizer over exactly these parameters.
+        schedule: Builds the learning-rate scheduler from an optimizer and the number of steps; ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trainable_names: tuple[str, ...],
+        optimizer: OptimizerFactory,
+        schedule: Callable[[Optimizer, int], LambdaLR] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.trainable_names = trainable_names
+        self.samples_seen = 0
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._losses: list[Tensor] = []
+        freeze(model, trainable_names)
+        set_training_modes(model, trainable_names)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Return the model's own loss on one batch and count its samples."""
+        loss: Tensor = self.model(**batch, **forward_options(self.model)).loss
+        self.samples_seen += len(next(iter(batch.values())))
+        self._losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer over the trained parameters, and the schedule per optimizer step."""
+        optimizer = self._optimizer([p for p in self.model.parameters() if p.requires_grad])
+        if self._schedule is None:
+            return optimizer
+        scheduler = self._schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_end(self) -> None:
+        """Free the gradients of the last step."""
+        self.zero_grad(set_to_none=True)
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean training loss over the local steps, in nats; NaN before the first."""
+        return torch.stack(self._losses).mean().item() if self._losses else float("nan")
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Return copies of the tensors that this client trained, by exact name: all that it sends."""
+        return {name: self.model.get_parameter(name).detach().clone() for name in self.trainable_names}
+
+    def cpu(self) -> Self:
+        """Stay where it is: Lightning would move the resident model to the CPU after each client's fit."""
+        return self
+
+
+@torch.no_grad()
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copy values into the model's parameters of these exact names; the parameters stay the same objects."""
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)

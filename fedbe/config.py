@@ -1,0 +1,146 @@
+"""The sections of a run's configuration."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+
+from fedbe.algorithms import Algorithm, BlockExpansion
+from fedbe.callback import FederatedCallback
+from fedbe.client import OptimizerFactory, Schedule
+from fedbe.cohort import cohort_count
+from fedbe.data import FederatedDataModule
+from fedbe.errors import ConfigError, Problem
+from fedbe.evaluation.tasks import GeneralTask
+from fedbe.models import BaseModel
+from fedbe.run_folder import RunFolder
+
+
+def default_optimizer(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
+    """Return AdamW without weight decay at a rate of 1e-3."""
+    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+
+
+@dataclass
+class Client:
+    """How each client trains; what `L.Trainer` offers stands under ``trainer``.
+
+    Attributes:
+        optimizer: A `torch.optim` class by ``class_path``; built anew for each client and round.
+        schedule: The learning-rate schedule.
+    """
+
+    optimizer: OptimizerFactory = default_optimizer
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass
+class Federation:
+    """The rounds.
+
+    Attributes:
+        rounds: Number of rounds.
+        cohort: Clients in a round: ``all``, a fraction (0.5) or a number (5).
+        evaluate_every_n_rounds: Downstream validation every so many rounds, and after the last.
+    """
+
+    rounds: int = 20
+    cohort: int | float | Literal["all"] = "all"
+    evaluate_every_n_rounds: int = 1
+
+    def check(self, key: str = "federation") -> list[Problem]:
+        """Return the mistakes in this section that do not depend on the data."""
+        return [
+            Problem(f"{key}.{name}", value, "give 1 or more")
+            for name, value in (("rounds", self.rounds), ("evaluate_every_n_rounds", self.evaluate_every_n_rounds))
+            if value < 1
+        ]
+
+    def check_cohort(self, clients: int, key: str = "federation") -> list[Problem]:
+        """Return a problem when the cohort does not fit this number of clients."""
+        try:
+            cohort_count(self.cohort, clients, f"{key}.cohort")
+        except ConfigError as error:
+            return list(error.problems)
+        return []
+
+
+@dataclass
+class RunConfig:
+    """One run, but for the clients' `L.Trainer`.
+
+    Attributes:
+        data: Who has which data: a ready module of `fedbe.datamodules` or one of your own.
+        name: Name of the run; names its folder and its W&B run.
+        output: The run's folder, which must not exist; ``null`` for ``runs/<name>``, numbered when that is taken.
+        seed: Everything random in the run follows from it.
+        model: The base model.
+        algorithm: What is trained and how it is averaged.
+        client: How each client trains.
+        federation: Rounds and cohorts.
+        general_tasks: What the base model could do, scored before and after to see what was kept.
+        callbacks: Added to the standard ones; one of a standard class takes that one's place.
+        logger: ``wandb`` (offline unless a key is present), ``csv``, ``tensorboard``, ``none``, or a Lightning logger.
+    """
+
+    data: FederatedDataModule
+    name: str = "run"
+    output: Path | None = None
+    seed: int = 0
+    model: BaseModel = field(default_factory=BaseModel)
+    algorithm: Algorithm = field(default_factory=BlockExpansion)
+    client: Client = field(default_factory=Client)
+    federation: Federation = field(default_factory=Federation)
+    general_tasks: Sequence[GeneralTask] = ()
+    callbacks: Sequence[FederatedCallback] = ()
+    logger: Literal["wandb", "csv", "tensorboard", "none"] | Logger = "wandb"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run goes."""
+        return self.output or RunFolder.next_free(Path("runs"), self.name)
+
+    def check(self) -> list[Problem]:
+        """Return all mistakes that can be seen before the weights are loaded and data is encoded."""
+        return check_sections(vars(self))
+
+
+def check_data(data: FederatedDataModule, model: BaseModel | None, seed: int) -> list[Problem]:
+    """Give the data module its tokenizer, if the model can be read, and return its mistakes."""
+    problems = []
+    if model is not None:
+        try:
+            data.connect(model.processor, model.config, seed)
+        except ConfigError as error:
+            problems = list(error.problems)
+    known = {problem.key for problem in problems}
+    return problems + [problem for problem in data.check("data") if problem.key not in known]
+
+
+def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
+    """Return the mistakes in the sections of a `RunConfig` that are there; ``data`` may be missing.
+
+    Args:
+        sections: The attributes of a `RunConfig` by name.
+    """
+    model: BaseModel = sections["model"]
+    problems = model.check()
+    if not problems:
+        problems += sections["algorithm"].check(model.depth)
+    if "data" in sections:
+        problems += check_data(sections["data"], model if not problems else None, sections["seed"])
+    problems += [*sections["client"].schedule.check(), *sections["federation"].check()]
+    for section in ("general_tasks", "callbacks"):
+        for index, part in enumerate(sections[section]):
+            problems += part.check(f"{section}[{index}]")
+    names = [task.name for task in sections["general_tasks"]]
+    problems += [
+        Problem("general_tasks", name, "two tasks have this name: give each its own")
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    folder_problem = sections["output"] and RunFolder.problem(sections["output"])
+    return problems + ([folder_problem] if folder_problem else [])

@@ -1,0 +1,132 @@
+"""What the framework asks of data: one training set per client, and validation and test sets of the downstream task."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, default_collate
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from fedbe.errors import Problem
+
+IGNORED = -100
+"""The label of what is not to be predicted."""
+
+Batch = dict[str, Tensor]
+"""Keyword arguments of the model: tensors whose first dimension is the sample, ``labels`` among them."""
+
+
+class FederatedDataModule(L.LightningDataModule, ABC):
+    """Base class of federated data: subclass it, or use a ready one of `fedbe.datamodules`.
+
+    The run calls `check`, `connect`, `prepare_data` and `setup("fit")` once, in this order, before round 1; whatever
+    `setup` draws at random must come from `fedbe.seeding.generator(self.seed, ...)`, so that each client's data is
+    fixed for the run.
+
+    Args:
+        batch_size: Samples in a client's local step.
+        eval_batch_size: Samples in a validation or test batch; ``None`` for four times `batch_size`.
+    """
+
+    seed: int = 0
+    tokenizer: PreTrainedTokenizerBase | None = None
+    model_config: PretrainedConfig | None = None
+
+    def __init__(self, batch_size: int = 8, eval_batch_size: int | None = None) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or 4 * batch_size
+
+    def connect(
+        self, tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig | None, seed: int
+    ) -> None:
+        """Receive what is unknown at construction: the base model's tokenizer and config, and the run's seed."""
+        self.tokenizer, self.model_config, self.seed = tokenizer, model_config, seed
+
+    @property
+    @abstractmethod
+    def client_ids(self) -> Sequence[str]:
+        """The clients' names, in a fixed order; available after `setup`."""
+
+    @abstractmethod
+    def client_dataset(self, client_id: str) -> Dataset[Any]:
+        """Return the training set of one client, of known length, the same at every call."""
+
+    @abstractmethod
+    def validation_dataset(self) -> Dataset[Any]:
+        """Return the data on which rounds are compared and choices are made."""
+
+    @abstractmethod
+    def test_dataset(self) -> Dataset[Any]:
+        """Return the data on which the finished model is scored, once."""
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes of a classification task; ``None`` for language modelling."""
+        return None
+
+    def check(self, key: str = "data") -> list[Problem]:
+        """Return the mistakes in this module's configuration that can be seen without loading anything large."""
+        return []
+
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Join samples into a batch; token sequences of unequal length are padded at the right and masked."""
+        if "input_ids" in samples[0] and len({len(sample["input_ids"]) for sample in samples}) > 1:
+            return pad_samples(samples, pad_token_id(self.tokenizer), attention_mask=True)
+        batch: Batch = default_collate(list(samples))
+        return batch
+
+    def client_dataloader(self, client_id: str, generator: torch.Generator) -> DataLoader[Any]:
+        """Return one client's shuffled training batches; the order comes from `generator` alone."""
+        dataset = self.client_dataset(client_id)
+        return DataLoader(
+            dataset, batch_size=self.batch_size, shuffle=True, generator=generator, collate_fn=self.collate
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the validation batches, in order."""
+        return self._eval_dataloader(self.validation_dataset())
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test batches, in order."""
+        return self._eval_dataloader(self.test_dataset())
+
+    def _eval_dataloader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        # A DataLoader without a generator of its own draws from the global one, even when it does not shuffle.
+        own = torch.Generator()
+        return DataLoader(dataset, batch_size=self.eval_batch_size, generator=own, collate_fn=self.collate)
+
+
+def pad_samples(samples: Sequence[Mapping[str, Tensor]], pad_token_id: int, attention_mask: bool) -> Batch:
+    """Join samples into a batch, padded at the right to the longest.
+
+    Padding is never scored. Padded ``position_ids`` count from 0, as a further document that nothing attends to.
+
+    Args:
+        samples: Tensors by name, ``input_ids`` of shape ``[tokens]`` among them; those of one dimension are padded.
+        pad_token_id: The id to pad ``input_ids`` with.
+        attention_mask: Add the mask of real tokens, shape ``[samples, tokens]``, int64.
+    """
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    places = torch.arange(int(lengths.max())).expand(len(samples), -1)
+    real = places < lengths[:, None]
+    fill = {"input_ids": pad_token_id, "labels": IGNORED, "position_ids": 0}
+    batch: Batch = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        batch[name] = torch.stack(values) if first.ndim == 0 else pad_sequence(values, True, fill.get(name, 0))
+    if "position_ids" in batch:
+        batch["position_ids"] = torch.where(real, batch["position_ids"], places - lengths[:, None])
+    if attention_mask:
+        batch["attention_mask"] = real.long()
+    return batch
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return the id to pad with; any will do where the tokenizer has none, for padding is masked."""
+    ids: list[Any] = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    return next((int(token) for token in ids if token is not None), 0)

@@ -1,0 +1,18 @@
+"""What the loop asks of the place where clients run."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from fedbe.update import ClientTask, Update
+
+
+class Engine(Protocol):
+    """Trains the clients of a cohort, in whatever place and number at a time."""
+
+    def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Update]]:
+        """Yield each task with its update, in the order of `tasks` however the clients were run.
+
+        Args:
+            tasks: One for each client of the cohort, taken from the iterable only when its client begins.
+        """
+        ...

@@ -1,0 +1,67 @@
+"""Clients in this process, one after another, on the one resident model."""
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+from transformers import PreTrainedModel
+
+from fedbe.client import ClientModule, OptimizerFactory, Schedule, load_tensors
+from fedbe.data import FederatedDataModule
+from fedbe.seeding import derive_seed, generator, isolated_rng
+from fedbe.update import ClientTask, Update
+
+QUIET: Mapping[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@dataclass
+class InProcessEngine:
+    """Trains clients one at a time: a client's tensors are copied in, trained with a new `L.Trainer`, and copied out.
+
+    Attributes:
+        model: The one resident model.
+        data: Where a client's batches come from.
+        optimizer: Builds each client's optimizer; its state lasts for one round.
+        schedule: The learning-rate schedule.
+        rounds: Number of rounds, for schedules that span the run.
+        trainer: Arguments of each client's `L.Trainer`, copied for each: no callback's state passes between clients.
+        seed: The run's seed; each client has its own generator derived from it, the experience, the round and its name.
+    """
+
+    model: PreTrainedModel
+    data: FederatedDataModule
+    optimizer: OptimizerFactory
+    schedule: Schedule
+    rounds: int
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Update]]:
+        """Yield each task with its update."""
+        for task in tasks:
+            yield task, self.train_client(task)
+
+    def train_client(self, task: ClientTask) -> Update:
+        """Train one client and return what it sends."""
+        started = time.perf_counter()
+        who = ("client", task.experience, task.round_index, task.client_id)
+        load_tensors(self.model, task.received)
+        client = ClientModule(
+            self.model,
+            task.trainable_names,
+            self.optimizer,
+            lambda optimizer, steps: self.schedule.build(optimizer, task.round_index, self.rounds, steps),
+        )
+        batches = self.data.client_dataloader(task.client_id, generator(self.seed, "batches", *who))
+        with isolated_rng(derive_seed(self.seed, "modules", *who)):
+            L.Trainer(**QUIET, **copy.deepcopy(dict(self.trainer))).fit(client, batches)
+        metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
+        return Update(task.client_id, client.trained_tensors(), client.samples_seen, metrics)

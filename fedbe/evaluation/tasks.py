@@ -1,0 +1,78 @@
+"""General tasks: what the base model could do before fine-tuning, scored again after it."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedbe.errors import Problem
+
+RESERVED_NAME = "mean"
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The result of one general task.
+
+    Attributes:
+        score: Accuracy in [0, 1]; higher is better. Retention is the ratio of two of these.
+        standard_error: Standard error of `score` over the task's items.
+        cross_entropy: Mean loss in nats per token, where the task has one; ΔCE is a difference of these.
+    """
+
+    score: float
+    standard_error: float
+    cross_entropy: float | None = None
+
+
+class GeneralTask(ABC):
+    """Base class of general tasks: subclass it in a file of your own and name it by ``class_path``.
+
+    Attributes:
+        name: Key of the task in `metrics.jsonl`, tables and plots; unique within a run.
+    """
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:
+        """Load and tokenise the items once, before round 1; `model` is still the base model."""
+
+    @abstractmethod
+    def evaluate(self, model: PreTrainedModel) -> TaskScore:
+        """Score the model as it is now, on exactly the same items at every call."""
+
+    def check(self, key: str) -> list[Problem]:
+        """Return the mistakes in this task's configuration, found before work starts."""
+        return []
+
+
+def check_tasks(tasks: Sequence[GeneralTask], key: str) -> list[Problem]:
+    """Return the mistakes of a run's general tasks, their names among them.
+
+    Args:
+        tasks: The tasks in the order of the configuration.
+        key: Dotted key of the list.
+    """
+    counts = Counter(task.name for task in tasks)
+    problems = []
+    for index, task in enumerate(tasks):
+        place = f"{key}[{index}]"
+        if counts[task.name] > 1:
+            problems.append(Problem(f"{place}.name", task.name, "give each general task a name of its own."))
+        if task.name in ("", RESERVED_NAME) or "/" in task.name:
+            remedy = f"a task's name is not empty, not {RESERVED_NAME!r} and has no '/'; choose another."
+            problems.append(Problem(f"{place}.name", task.name, remedy))
+        problems.extend(task.check(place))
+    return problems
+
+
+def check_at_least(key: str, minimum: float, **values: float | None) -> list[Problem]:
+    """Return a problem for each value below `minimum`; ``None`` is no value."""
+    return [
+        Problem(f"{key}.{name}", value, f"must be at least {minimum}.")
+        for name, value in values.items()
+        if value is not None and value < minimum
+    ]

@@ -1,0 +1,215 @@
+"""Finding the list of transformer blocks in a model, and rearranging it with all that counts blocks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fedbe.errors import ExpansionError
+
+_DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
+# Lists with one entry per block have "layer" in their name and the depth as their length, but for these names.
+_PER_BLOCK_LISTS = frozenset({"kv_sharing_modes", "activation_sparsity_pattern", "swiglu_limits"})
+# Lists that hold the indices of some blocks.
+_BLOCK_INDEX_LISTS = frozenset({"mlp_only_layers"})
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """The list of transformer blocks of a model.
+
+    Attributes:
+        model: The model that holds the list.
+        path: Dotted path of the list inside the model, for example ``model.layers``.
+        model_type: ``model_type`` of the configuration that states the depth (the text part of a nested one).
+    """
+
+    model: PreTrainedModel
+    path: str
+    model_type: str
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, bottom first."""
+        blocks = self.model.get_submodule(self.path)
+        if not isinstance(blocks, nn.ModuleList):
+            raise ExpansionError(f"`{self.path}` of {type(self.model).__name__} is not a list of blocks.")
+        return blocks
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
+
+    def configs(self) -> list[PreTrainedConfig]:
+        """Return every configuration object that states this stack's depth, each once."""
+        return [config for config in all_configs(self.model) if _states_depth(config, self)]
+
+
+def all_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Return the distinct configuration objects held by a model's modules, nested text parts included."""
+    held = (getattr(module, "config", None) for module in model.modules())
+    configs = [config for config in held if isinstance(config, PreTrainedConfig)]
+    return list({id(c): c for config in configs for c in (config, config.get_text_config())}.values())
+
+
+def find_blocks(model: PreTrainedModel) -> BlockStack:
+    """Return the longest part of a model: its list of like blocks, as many as its configuration states.
+
+    Raises:
+        ExpansionError: For an encoder-decoder, a model with cross-attention or with differing blocks, and where
+            no such list is found.
+
+    Source: ours.
+    """
+    config = model.config.get_text_config()
+    _refuse_unsupported(model, config)
+    depth = _stated_depth(config)
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [(path, blocks) for path, blocks in lists if len(blocks) == depth and _alike(blocks)]
+    if not fitting:
+        found = ", ".join(f"{path} ({len(blocks)})" for path, blocks in lists) or "none"
+        raise ExpansionError(
+            f"{type(model).__name__} has no list of {depth} blocks of one class, as its configuration states; "
+            f"lists found: {found}."
+        )
+    # A vision tower may be as deep as the text part: the owner's configuration decides, then the size.
+    path, _ = max(fitting, key=lambda item: (_owner_matches(model, item[0], config), _size(item[1])))
+    return BlockStack(model, path, str(config.model_type))
+
+
+def arrange(
+    stack: BlockStack, blocks: Sequence[nn.Module], origins: Sequence[int], labels: Sequence[int] | None = None
+) -> None:
+    """Put new contents into the list of blocks, in place, along with the configuration and the blocks' indices.
+
+    Args:
+        stack: The list; it is the same object afterwards.
+        blocks: The new contents, bottom first.
+        origins: For each new block the present index whose entry in the per-block lists it takes.
+        labels: The index that each block's modules carry at present; ``origins`` if left out.
+    """
+    depth = stack.depth
+    holders: list[object] = [*stack.configs(), *_ancestors(stack)]
+    for holder in holders:
+        _reindex(holder, depth, origins)
+    for index, (block, label) in enumerate(zip(blocks, origins if labels is None else labels, strict=True)):
+        _shift_indices(block, index - label)
+    present = stack.blocks
+    del present[:]
+    present.extend(blocks)
+
+
+def _refuse_unsupported(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ExpansionError(f"{name} is an encoder-decoder: only a model with one stack of blocks is expanded.")
+    if getattr(config, "add_cross_attention", False):
+        raise ExpansionError(f"{name} has cross-attention, which is not covered: set add_cross_attention=False.")
+    if getattr(config, "is_heterogeneous", False):
+        raise ExpansionError(f"{name} has a configuration per block (`per_layer_config`): not supported.")
+
+
+def _stated_depth(config: PreTrainedConfig) -> int | None:
+    values = (getattr(config, name, None) for name in _DEPTH_NAMES)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def _states_depth(config: PreTrainedConfig, stack: BlockStack) -> bool:
+    return config.model_type == stack.model_type and _stated_depth(config) == stack.depth
+
+
+def _alike(blocks: nn.ModuleList) -> bool:
+    return len({type(block) for block in blocks}) == 1 and _size(blocks) > 0
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _owner_matches(model: PreTrainedModel, path: str, config: PreTrainedConfig) -> bool:
+    held = (getattr(model.get_submodule(parent), "config", None) for parent in _parents(path))
+    configs = [owner for owner in held if isinstance(owner, PreTrainedConfig)]
+    return bool(configs) and configs[-1].model_type == config.model_type
+
+
+def _parents(path: str) -> Iterator[str]:
+    """Yield the paths of the modules above a dotted path, outermost first."""
+    parts = path.split(".")
+    yield from (".".join(parts[:end]) for end in range(len(parts)))
+
+
+def _ancestors(stack: BlockStack) -> list[nn.Module]:
+    return [stack.model.get_submodule(parent) for parent in _parents(stack.path)]
+
+
+def _reindex(holder: object, depth: int, origins: Sequence[int]) -> None:
+    """Rebuild the depth and the per-block lists among the attributes of a configuration or a module."""
+    for name, value in list(vars(holder).items()):
+        if name in _DEPTH_NAMES and value == depth:
+            setattr(holder, name, len(origins))
+        elif name in _BLOCK_INDEX_LISTS and isinstance(value, (list, tuple)):
+            setattr(holder, name, [new for new, old in enumerate(origins) if old in value])
+        elif _is_per_block(name, value, depth):
+            setattr(holder, name, type(value)(value[old] for old in origins))
+    if isinstance(holder, PreTrainedConfig) and hasattr(holder, "attention_types"):
+        # GPT-Neo builds its list of attention kinds from this compressed form when a checkpoint is loaded.
+        holder.attention_types = [[list(holder.attention_layers), 1]]
+
+
+def _is_per_block(name: str, value: object, depth: int) -> bool:
+    named = "layer" in name or name in _PER_BLOCK_LISTS
+    return named and isinstance(value, (list, tuple)) and len(value) == depth
+
+
+def _shift_indices(block: nn.Module, offset: int) -> None:
+    for module in block.modules():
+        for name in _INDEX_NAMES:
+            if isinstance(index := vars(module).get(name), int):
+                setattr(module, name, index + offset)
+
+
+def expressed_by_config(model: PreTrainedModel, stack: BlockStack) -> str | None:
+    """Return why the model's configuration alone does not rebuild its blocks, or None where it does.
+
+    A model built from the saved form of the configuration, on the ``meta`` device, is compared with the live one:
+    names and shapes of the state, classes of the blocks' modules and their plain attributes (index, window, …).
+    Source: ours.
+    """
+    config = type(model.config).from_dict(model.config.to_dict())
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        rebuilt = type(model)(config)
+    live = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    bare = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}
+    if differing := sorted(name for name in live.keys() | bare.keys() if live.get(name) != bare.get(name)):
+        return f"the configuration does not describe {differing[0]}"
+    twins = rebuilt.get_submodule(stack.path).children()
+    for index, (block, other) in enumerate(zip(stack.blocks, twins, strict=True)):
+        modules = dict(other.named_modules())
+        for path, module in block.named_modules():
+            if differing := _differing_attributes(module, modules.get(path)):
+                where = f"block {index}" + (f".{path}" if path else "")
+                return f"`{differing[0]}` of {where} cannot be set by the configuration"
+    return None
+
+
+def _differing_attributes(module: nn.Module, twin: nn.Module | None) -> list[str]:
+    if twin is None or type(module) is not type(twin):
+        return ["class"]
+    ours, theirs = _plain_attributes(module), _plain_attributes(twin)
+    return sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, object]:
+    kinds = (bool, int, float, str, type(None))
+    # What matters in training only may have been set by hand; `p` is the rate of a dropout module.
+    skipped = {"training", "gradient_checkpointing", "p"}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and not name.startswith("_") and name not in skipped and "dropout" not in name
+    }

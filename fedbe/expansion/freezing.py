@@ -1,0 +1,120 @@
+"""Which parameters train: names taken from the inserted modules, freeze masks, and training modes."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedbe.errors import ExpansionError
+from fedbe.expansion.architecture import find_blocks
+from fedbe.expansion.checkpointing import enable_gradient_checkpointing, hf_checkpointing_enabled
+from fedbe.expansion.expand import Expansion
+
+
+def block_parameter_names(model: PreTrainedModel, expansion: Expansion) -> dict[int, tuple[str, ...]]:
+    """Return the exact parameter names of each expanded block, keyed by its ordinal (0 is the lowest).
+
+    Raises:
+        ExpansionError: If the model was not expanded like this.
+    """
+    blocks = expansion.blocks(model)
+    return {ordinal: _names_of(model, block.parameters()) for ordinal, block in enumerate(blocks)}
+
+
+def head_parameter_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the parameter names of a task head: those outside the base model; none for a language-model head."""
+    if not _has_task_head(model):
+        return ()
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    return _names_of(model, (parameter for parameter in model.parameters() if id(parameter) not in base))
+
+
+def base_tensor_names(model: PreTrainedModel, expansion: Expansion) -> dict[str, str]:
+    """Return for each state-dict name of a frozen tensor its name in the base model, buffers included.
+
+    Raises:
+        ExpansionError: If the model was not expanded like this.
+    """
+    expansion.blocks(model)
+    expanded = set(expansion.expanded_indices)
+    prefix = f"{expansion.blocks_path}."
+    names: dict[str, str] = {}
+    for name in model.state_dict():
+        if not name.startswith(prefix):
+            names[name] = name
+            continue
+        index, rest = name.removeprefix(prefix).split(".", 1)
+        if int(index) not in expanded:
+            names[name] = f"{prefix}{expansion.position_map[int(index)]}.{rest}"
+    return names
+
+
+def freeze(model: nn.Module, trainable_names: Iterable[str]) -> None:
+    """Let exactly these parameters train; the others lose their gradients too.
+
+    Raises:
+        ExpansionError: If a name is no parameter of the model.
+    """
+    names = _known(model, trainable_names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+        if name not in names:
+            parameter.grad = None
+
+
+def set_training_modes(model: PreTrainedModel, trainable_names: Iterable[str]) -> None:
+    """Put what trains in training mode and all else in evaluation mode, so that frozen blocks drop nothing.
+
+    A block or a task head is in training mode as a whole when one of its parameters trains; of the rest (embeddings,
+    final norm) the module that owns the parameter. The gradient checkpointing of ``transformers`` works in training
+    mode only: where it is on, `enable_gradient_checkpointing` takes its place.
+
+    Raises:
+        ExpansionError: If a name is no parameter of the model.
+    """
+    names = _known(model, trainable_names)
+    if hf_checkpointing_enabled(model):
+        enable_gradient_checkpointing(model)
+    model.train(False)
+    trained = {id(parameter) for name, parameter in model.named_parameters() if name in names}
+    if len(trained) == len(list(model.parameters())):
+        model.train()
+        return
+    covered: set[int] = set()
+    for unit in _units(model):
+        parameters = {id(parameter) for module in unit for parameter in module.parameters()}
+        covered |= parameters
+        if parameters & trained:
+            for module in unit:
+                module.train()
+    for module in model.modules():
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        if own & trained - covered:
+            module.training = True
+
+
+def _units(model: PreTrainedModel) -> list[list[nn.Module]]:
+    """Return the groups of modules that train together: each block, and the head with its dropout."""
+    blocks = [[block] for block in find_blocks(model).blocks]
+    head = [child for child in model.children() if child is not model.base_model]
+    return [*blocks, head] if _has_task_head(model) else blocks
+
+
+def _has_task_head(model: PreTrainedModel) -> bool:
+    language_model_head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return model.base_model is not model and language_model_head is None
+
+
+def _known(model: nn.Module, names: Iterable[str]) -> set[str]:
+    wanted = set(names)
+    if unknown := sorted(wanted - {name for name, _ in model.named_parameters()}):
+        raise ExpansionError(
+            f"`trainable_names` holds {unknown[0]!r}, which is no parameter of {type(model).__name__}: take names "
+            "from block_parameter_names or named_parameters (a tied parameter has one name there)."
+        )
+    return wanted
+
+
+def _names_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> tuple[str, ...]:
+    wanted = {id(parameter) for parameter in parameters}
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in wanted)

@@ -1,0 +1,173 @@
+"""How a copied block starts as the identity: one rule per family of architectures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedbe.errors import ExpansionError
+
+GATE_NAME = "residual_gate"
+
+
+@dataclass(frozen=True)
+class IdentityRule:
+    """Which parameters of a block decide what it adds to the residual stream, and at which value it adds nothing.
+
+    A parameter θ listed here acts in proportion to θ + shift. θ = -shift is the identity, and the dial a turns θ into
+    a·(θ + shift) - shift.
+
+    Attributes:
+        kind: ``zero-writers`` (projections into the residual stream), ``norm-scale`` (the norm or layer scale
+            behind them) or ``residual-gate`` (a scalar g in x + g·(Block(x) - x)).
+        targets: Paths inside the block, of modules (all their parameters) or of parameters.
+        shift: 1 where the norm multiplies by 1 + θ (Gemma), otherwise 0. Next to -1, bfloat16 moves in steps of
+            1/256: train such scales in float32.
+
+    Source: LLaMA-Pro (arXiv 2401.02415, section 3.2) for pre-norm writers; the other kinds ours.
+    """
+
+    kind: str
+    targets: tuple[str, ...]
+    shift: float = 0.0
+
+    @property
+    def gated(self) -> bool:
+        """Whether the block needs a gate, which no plain checkpoint can hold."""
+        return self.kind == "residual-gate"
+
+
+def _writers(*targets: str) -> IdentityRule:
+    return IdentityRule("zero-writers", targets)
+
+
+# Post-norm blocks end in LN(x + …), so that a zero output is not the identity: the whole block is gated.
+GATE = IdentityRule("residual-gate", (GATE_NAME,))
+# The gradient through a norm of a zero output is of order 1/√ε, so behind a norm its scale is zeroed instead.
+_OUTPUT_NORMS = IdentityRule("norm-scale", ("post_attention_layernorm", "post_feedforward_layernorm"))
+_GEMMA_NORMS = IdentityRule("norm-scale", _OUTPUT_NORMS.targets, shift=1.0)
+_GLM_NORMS = IdentityRule("norm-scale", ("post_self_attn_layernorm", "post_mlp_layernorm"))
+_LAYER_SCALE = IdentityRule("norm-scale", ("layer_scale1", "layer_scale2"))
+_GATED_MLP = _writers("self_attn.o_proj", "mlp.down_proj")
+_EXPERTS = _writers("self_attn.o_proj", "mlp.experts.down_proj")
+_SHARED_EXPERTS = _writers("self_attn.o_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj")
+_OPT = _writers("self_attn.out_proj", "fc2")
+_FUSED_QKV = _writers("self_attention.dense", "mlp.dense_4h_to_h")
+
+# Of several rules the first that verifies is taken: OPT models are pre- or post-norm.
+_FAMILIES: Mapping[str, tuple[IdentityRule, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo"), (_GATED_MLP,)),
+    **dict.fromkeys(("gemma", "granite", "stablelm", "cohere2"), (_GATED_MLP,)),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), (_EXPERTS,)),
+    "qwen2_moe": (_SHARED_EXPERTS,),
+    **dict.fromkeys(("gemma2", "gemma3_text"), (_GEMMA_NORMS,)),
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), (_OUTPUT_NORMS,)),
+    "glm4": (_GLM_NORMS,),
+    "phi": (_writers("self_attn.dense", "mlp.fc2"),),
+    "starcoder2": (_writers("self_attn.o_proj", "mlp.c_proj"),),
+    "gpt2": (_writers("attn.c_proj", "mlp.c_proj"),),
+    "gpt_neo": (_writers("attn.attention.out_proj", "mlp.c_proj"),),
+    "gptj": (_writers("attn.out_proj", "mlp.fc_out"),),
+    "gpt_neox": (_writers("attention.dense", "mlp.dense_4h_to_h"),),
+    **dict.fromkeys(("falcon", "bloom"), (_FUSED_QKV,)),
+    "opt": (_OPT, GATE),
+    "vit": (_writers("attention.o_proj", "mlp.fc2"),),
+    "dinov2": (_LAYER_SCALE,),
+    **dict.fromkeys(("bert", "roberta", "distilbert", "electra"), (GATE,)),
+}
+
+
+def candidate_rules(model_type: str, block: nn.Module) -> tuple[IdentityRule, ...]:
+    """Return the rules to try on a family, in order; for an unknown one all whose targets its blocks have.
+
+    Norm rules come first: zeroed writers in front of a norm pass for the identity too, with huge gradients.
+    """
+    if model_type in _FAMILIES:
+        return _FAMILIES[model_type]
+    known = dict.fromkeys(rule for rules in _FAMILIES.values() for rule in rules if not rule.gated)
+    fitting = [rule for rule in known if all(_has(block, target) for target in rule.targets)]
+    return (*sorted(fitting, key=lambda rule: (rule.kind, -len(rule.targets))), GATE)
+
+
+def target_parameters(rule: IdentityRule, block: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a block that its rule names.
+
+    Raises:
+        ExpansionError: If the block lacks one of them.
+    """
+    parameters: list[nn.Parameter] = []
+    for target in rule.targets:
+        found = _resolve(block, target)
+        if not found:
+            raise ExpansionError(f"{type(block).__name__} has no parameters at `{target}`.")
+        parameters += found
+    return parameters
+
+
+def make_identity(rule: IdentityRule, block: nn.Module) -> None:
+    """Turn a copied block into the identity, in place.
+
+    Raises:
+        ExpansionError: If the block lacks the rule's targets.
+    """
+    if rule.gated:
+        _add_gate(block)
+    with torch.no_grad():
+        for parameter in target_parameters(rule, block):
+            parameter.fill_(-rule.shift)
+
+
+def dialled(values: Tensor, shift: float, dial: float) -> Tensor:
+    """Return a·(θ + shift) - shift, exactly θ for a = 1 and exactly -shift for a = 0, in θ's dtype.
+
+    Args:
+        values: θ, any shape.
+        shift: The rule's shift.
+        dial: The factor a on the blocks' outputs.
+    """
+    if dial == 1:
+        return values.clone()
+    if dial == 0:
+        return torch.full_like(values, -shift)
+    return (dial * (values.float() + shift) - shift).to(values.dtype)
+
+
+def apply_residual_gate(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+) -> object:
+    """Return x + g·(Block(x) - x) in place of Block(x): a forward hook; x is [batch, sequence, hidden].
+
+    Source: ours (the identity of a post-norm block).
+    """
+    hidden = args[0] if args else kwargs["hidden_states"]
+    first = output[0] if isinstance(output, tuple) else output
+    gate = getattr(module, GATE_NAME)
+    if not isinstance(hidden, Tensor) or not isinstance(first, Tensor):
+        raise ExpansionError(f"{type(module).__name__} does not map hidden states to such: it cannot be gated.")
+    gated = hidden + gate * (first - hidden)
+    return (gated, *output[1:]) if isinstance(output, tuple) else gated
+
+
+def _add_gate(block: nn.Module) -> None:
+    if hasattr(block, GATE_NAME):
+        raise ExpansionError("The model has gated blocks already: expand its base model, all positions at once.")
+    like = next(parameter for parameter in block.parameters() if parameter.is_floating_point())
+    block.register_parameter(GATE_NAME, nn.Parameter(torch.zeros((), dtype=like.dtype, device=like.device)))
+    # First among the hooks, so that those recording hidden states see the gated output.
+    block.register_forward_hook(apply_residual_gate, prepend=True, with_kwargs=True)
+
+
+def _resolve(block: nn.Module, target: str) -> list[nn.Parameter]:
+    *path, name = target.split(".")
+    try:
+        found = getattr(block.get_submodule(".".join(path)), name, None)
+    except AttributeError:
+        return []
+    if isinstance(found, nn.Parameter):
+        return [found]
+    return list(found.parameters()) if isinstance(found, nn.Module) else []
+
+
+def _has(block: nn.Module, target: str) -> bool:
+    return bool(_resolve(block, target))

@@ -1,0 +1,167 @@
+"""One run from its configuration: check, connect data and model, run the loop."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import netrc
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import lightning as L
+import torch
+import wandb
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from transformers.utils.logging import disable_progress_bar
+
+from fedbe.callback import FederatedCallback
+from fedbe.cohort import CohortSampler
+from fedbe.config import RunConfig
+from fedbe.engines import InProcessEngine
+from fedbe.engines.in_process import QUIET
+from fedbe.errors import ConfigError, Problem
+from fedbe.loop import FederatedLoop
+from fedbe.run_folder import RunFolder
+from fedbe.seeding import derive_seed, isolated_rng
+
+STANDARD_CALLBACKS = (
+    "RetentionCallback",
+    "ConvergenceCallback",
+    "CommunicationCallback",
+    "PlotCallback",
+    "LoggingCallback",
+    "ProgressCallback",
+)
+"""Classes of `fedbe.callbacks` that every run has, named here so that the framework does not import them."""
+
+
+def fit(run: RunConfig, trainer: Mapping[str, Any], config: Mapping[str, Any]) -> RunFolder:
+    """Run one federation from its configuration and return its folder.
+
+    Args:
+        run: The configuration, its classes instantiated.
+        trainer: Arguments of the clients' `L.Trainer`.
+        config: The resolved configuration, kept in the folder and shown by loggers.
+
+    Raises:
+        ConfigError: The configuration cannot run; nothing was written then.
+        UpdateError: A client sent nothing usable.
+    """
+    loop = build(run, trainer, config)
+    loop.run()
+    return loop.folder
+
+
+def build(run: RunConfig, trainer: Mapping[str, Any], config: Mapping[str, Any]) -> FederatedLoop:
+    """Check everything, load data and model, and return the loop ready to run; nothing is written yet.
+
+    Raises:
+        ConfigError: The configuration cannot run; it carries every mistake found.
+    """
+    quiet_libraries()
+    options = trainer_options(trainer)
+    problems = run.check() + check_trainer(options)
+    if problems:
+        raise ConfigError(*problems)
+    connect_data(run)
+    processor = run.model.processor
+    with isolated_rng(derive_seed(run.seed, "new head")):
+        model = run.model.load(run.data.num_labels, getattr(processor, "pad_token_id", None))
+    torch.nn.Module.to(model, L.Trainer(**QUIET, **options).strategy.root_device)
+    folder = RunFolder(run.folder)
+    engine = InProcessEngine(
+        model, run.data, run.client.optimizer, run.client.schedule, run.federation.rounds, options, run.seed
+    )
+    return FederatedLoop(
+        model=model,
+        tokenizer=processor,
+        algorithm=run.algorithm,
+        data=run.data,
+        engine=engine,
+        sampler=CohortSampler(run.federation.cohort, run.seed),
+        folder=folder,
+        rounds=run.federation.rounds,
+        evaluate_every_n_rounds=run.federation.evaluate_every_n_rounds,
+        general_tasks=run.general_tasks,
+        callbacks=with_standard_callbacks(run.callbacks),
+        logger=build_logger(run, folder),
+        seed=run.seed,
+        config=config,
+    )
+
+
+def connect_data(run: RunConfig) -> None:
+    """Set the checked data module up for this model and seed.
+
+    Raises:
+        ConfigError: The data cannot be loaded, or does not fit the cohort.
+    """
+    run.data.prepare_data()
+    run.data.setup("fit")
+    problems = run.federation.check_cohort(len(run.data.client_ids))
+    if problems:
+        raise ConfigError(*problems)
+
+
+def trainer_options(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a client's `L.Trainer`: those given, and one epoch where neither steps nor epochs are."""
+    options = {key: value for key, value in trainer.items() if value is not None}
+    if options.get("max_steps", -1) == -1 and "max_time" not in options:
+        options.setdefault("max_epochs", 1)
+    return options
+
+
+def check_trainer(options: Mapping[str, Any]) -> list[Problem]:
+    """Return what keeps an `L.Trainer` from being built with these arguments."""
+    try:
+        L.Trainer(**QUIET, **options)
+    except Exception as error:  # Lightning raises several kinds, none of them its own
+        return [Problem("trainer", dict(options), f"{type(error).__name__}: {error}")]
+    return []
+
+
+def with_standard_callbacks(given: Sequence[FederatedCallback]) -> list[FederatedCallback]:
+    """Return the standard callbacks and those given, which replace standard ones of the same class."""
+    module = importlib.import_module("fedbe.callbacks")
+    standard = [getattr(module, name) for name in STANDARD_CALLBACKS]
+    own = [callback for callback in given if not isinstance(callback, tuple(standard))]
+    chosen = [next((c for c in given if isinstance(c, kind)), None) or kind() for kind in standard]
+    # Measuring comes first, then what decides by the measurements, then what shows them.
+    return [*chosen[:3], *own, *chosen[3:]]
+
+
+def build_logger(run: RunConfig, folder: RunFolder) -> Logger | None:
+    """Return the logger that the configuration names; W&B stays offline unless a key is present."""
+    if run.logger == "wandb":
+        quiet = wandb.Settings(silent=True)
+        return WandbLogger(run.name, str(folder.path), offline=not wandb_online(), project="fedbe", settings=quiet)
+    if run.logger == "csv":
+        return CSVLogger(str(folder.path), name="csv", version="")
+    if run.logger == "tensorboard":
+        return TensorBoardLogger(str(folder.path), name="tensorboard", version="")
+    return run.logger if isinstance(run.logger, Logger) else None
+
+
+def wandb_online() -> bool:
+    """Whether W&B is to be contacted: as ``WANDB_MODE`` says, else if a key is in the environment or in ``.netrc``."""
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"] == "online"
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        known = False
+    return known or "WANDB_API_KEY" in os.environ
+
+
+def quiet_libraries() -> None:
+    """Silence what Lightning says at each of a run's many short fits, and other libraries' progress bars."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*in eval mode at the start.*", ".*LeafSpec.*deprecated.*"):
+        warnings.filterwarnings("ignore", message)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()

@@ -1,0 +1,284 @@
+"""FederatedLoop: rounds over client Trainers, with hooks, progress and state."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+import fedbe
+from fedbe.algorithms.base import Algorithm
+from fedbe.callback import FederatedCallback
+from fedbe.client import load_tensors
+from fedbe.cohort import CohortSampler
+from fedbe.data import FederatedDataModule
+from fedbe.engines.base import Engine
+from fedbe.evaluation.downstream import evaluate_downstream
+from fedbe.evaluation.tasks import GeneralTask
+from fedbe.run_folder import RunFolder
+from fedbe.update import ClientTask
+
+
+@dataclass
+class Progress:
+    """How far the run is: counts of rounds begun and rounds whose result is in place.
+
+    Attributes:
+        started: Rounds begun.
+        completed: Rounds aggregated, evaluated and written.
+    """
+
+    started: int = 0
+    completed: int = 0
+
+
+@dataclass
+class FederatedLoop:
+    """Runs rounds: sample a cohort, allocate, train each client, aggregate, evaluate.
+
+    Reads like a Lightning loop: `run` → (`on_run_start` → while not `done`: `advance` → `on_run_end`).
+
+    Attributes:
+        model: The one resident model; its base weights never change.
+        tokenizer: The base model's tokenizer or image processor.
+        algorithm: What is trained and how updates become the next state.
+        data: Train data per client, validation and test data.
+        engine: Where clients train.
+        sampler: Which clients take part in a round.
+        folder: The run's folder on disk.
+        rounds: Number of rounds.
+        evaluate_every_n_rounds: Downstream validation every so many rounds, and always after the last.
+        general_tasks: What the base model could do before; scored by the retention callback.
+        callbacks: Called in this order at every hook.
+        logger: A Lightning logger, or ``None``.
+        seed: The run's seed.
+        config: The resolved configuration, for the folder and for loggers.
+        state: The global tensors by exact parameter name.
+        record: The line of `metrics.jsonl` that the round under way is writing.
+        history: The records of completed rounds; the first is round 0, the base model.
+        summary: What `summary.json` will hold.
+        stop_reason: Why the run ended; ``None`` while it goes on.
+        simulated_seconds: Time that clients working side by side would have taken: each round its slowest client.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    algorithm: Algorithm
+    data: FederatedDataModule
+    engine: Engine
+    sampler: CohortSampler
+    folder: RunFolder
+    rounds: int
+    evaluate_every_n_rounds: int = 1
+    general_tasks: Sequence[GeneralTask] = ()
+    callbacks: Sequence[FederatedCallback] = ()
+    logger: Logger | None = None
+    seed: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    experience: int = 0
+    progress: Progress = field(default_factory=Progress)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    stop_reason: str | None = None
+    simulated_seconds: float = 0.0
+    _started: float = field(default_factory=time.perf_counter, repr=False)
+
+    def run(self) -> dict[str, Any]:
+        """Run all rounds and return the summary.
+
+        Raises:
+            UpdateError: A client sent nothing usable.
+        """
+        self._started = time.perf_counter()
+        try:
+            self.setup()
+            self.folder.create(self.config)
+            self.on_run_start()
+            while not self.done:
+                self.advance()
+            self.on_run_end()
+        except BaseException as exception:
+            self.call("on_exception", exception)
+            raise
+        return self.summary
+
+    @property
+    def done(self) -> bool:
+        """Whether to stop; sets `stop_reason` when the last round has been reached."""
+        if self.stop_reason is None and self.progress.completed >= self.rounds:
+            self.stop(f"all {self.rounds} rounds are done")
+        return self.stop_reason is not None
+
+    def stop(self, reason: str) -> None:
+        """Ask the loop to end after this round, and say why; the first reason counts."""
+        self.stop_reason = self.stop_reason or reason
+
+    @property
+    def round_index(self) -> int:
+        """0-based index of the round under way."""
+        return self.progress.started - 1
+
+    def setup(self) -> None:
+        """Prepare the general tasks on the base model, then turn it into the resident model."""
+        for task in self.general_tasks:
+            task.prepare(self.model, self.tokenizer, self.seed)
+        inputs = next(iter(self.data.val_dataloader()))
+        self.algorithm.prepare(self.model, {name: x.to(self.model.device) for name, x in inputs.items()})
+        names = self.algorithm.trainable_names
+        self.state = {name: self.model.get_parameter(name).detach().clone() for name in names}
+
+    def on_run_start(self) -> None:
+        """Score the base model on all that is measured, as round 0."""
+        self.summary["downstream_base"] = self._downstream(self.data.test_dataloader())
+        self.record = self._new_record(0, {})
+        self.record["downstream"] = self._downstream(self.data.val_dataloader())
+        self.call("on_run_start")
+        self._write_record()
+
+    def advance(self) -> None:
+        """Run one round."""
+        self.progress.started += 1
+        cohort = self.sampler.sample(self.data.client_ids, self.experience, self.round_index)
+        allocation = self.algorithm.allocate(cohort, self.round_index)
+        self.record = self._new_record(self.progress.started, allocation)
+        self.call("on_round_start")
+        self._train(allocation)
+        if self.progress.started % self.evaluate_every_n_rounds == 0 or self.progress.started == self.rounds:
+            self.record["downstream"] = self._downstream(self.data.val_dataloader())
+        self.call("on_round_end")
+        self.progress.completed += 1
+        self._write_record()
+
+    def on_run_end(self) -> None:
+        """Score the final model on the test data, and write the summary and the checkpoint."""
+        self.call("on_last_round")
+        self.summary |= {
+            "algorithm": type(self.algorithm).__name__,
+            "seed": self.seed,
+            "rounds": self.progress.completed,
+            "stop_reason": self.stop_reason,
+            "downstream": self._downstream(self.data.test_dataloader()),
+            "trainable_parameters": sum(tensor.numel() for tensor in self.state.values()),
+        }
+        self.call("on_run_end")
+        report = self.algorithm.export(self.model, self.folder.model, self.tokenizer)
+        self.summary |= {
+            "model": {"plain": report.plain, "note": report.reason},
+            "simulated_seconds": self.simulated_seconds,
+            "wall_seconds": self.wall_seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "versions": versions(),
+        }
+        self.folder.write_summary(self.summary)
+        self.call("on_run_written")
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Make these the global tensors, in `state` and in the model."""
+        self.state = dict(state)
+        load_tensors(self.model, self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all but the global tensors (`state`) that it takes to continue, as plain JSON values."""
+        return {
+            "experience": self.experience,
+            "progress": asdict(self.progress),
+            "history": self.history,
+            "summary": self.summary,
+            "stop_reason": self.stop_reason,
+            "simulated_seconds": self.simulated_seconds,
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`; the global tensors come through `restore`."""
+        self.experience = state["experience"]
+        self.progress = Progress(**state["progress"])
+        self.history = list(state["history"])
+        self.summary = dict(state["summary"])
+        self.stop_reason = state["stop_reason"]
+        self.simulated_seconds = state["simulated_seconds"]
+        for callback, callback_state in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(callback_state)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds since `run` began."""
+        return time.perf_counter() - self._started
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        """Call one hook on every callback, in order."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    def _train(self, allocation: Mapping[str, tuple[str, ...]]) -> None:
+        aggregator = self.algorithm.aggregator(self.state)
+        slowest = 0.0
+        for task, update in self.engine.train(self._tasks(allocation)):
+            self.call("on_client_end", task, update)
+            aggregator.add(update)
+            slowest = max(slowest, update.metrics["seconds"])
+        self.simulated_seconds += slowest
+        new_state = aggregator.result()
+        self.call("on_aggregate", new_state)
+        self.restore(new_state)
+
+    def _tasks(self, allocation: Mapping[str, tuple[str, ...]]) -> Iterator[ClientTask]:
+        units = self.algorithm.units()
+        for client_id, names in allocation.items():
+            trainable = tuple(name for unit in names for name in units[unit])
+            task = ClientTask(client_id, self.experience, self.round_index, self.state, trainable)
+            self.call("on_client_start", task)
+            yield task
+
+    def _new_record(self, round_number: int, allocation: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+        return {
+            "round": round_number,
+            "experience": self.experience,
+            "downstream": None,
+            "general": None,
+            "retention": None,
+            "delta_ce": None,
+            "bytes": {"up": 0, "down": 0},
+            "simulated_seconds": None,
+            "wall_seconds": None,
+            "cohort": list(allocation),
+            "allocation": {client_id: list(names) for client_id, names in allocation.items()},
+            "failures": [],
+        }
+
+    def _write_record(self) -> None:
+        self.record["simulated_seconds"] = self.simulated_seconds
+        self.record["wall_seconds"] = self.wall_seconds
+        self.history.append(self.record)
+        self.folder.append_metrics(self.record)
+        self.call("on_round_written")
+
+    def _downstream(self, batches: DataLoader[Any]) -> dict[str, float]:
+        score = evaluate_downstream(self.model, batches, self.model.device)
+        return {"accuracy": score.accuracy, "loss": score.loss}
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    packages = ("torch", "transformers", "lightning", "datasets")
+    own = {"fedbe": fedbe.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}

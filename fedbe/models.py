@@ -1,0 +1,136 @@
+"""The base model: named in the configuration, loaded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from fedbe.assets import micro_path
+from fedbe.errors import ConfigError, Problem
+from fedbe.expansion import enable_gradient_checkpointing
+
+MICRO = "fedbe:micro"
+
+_AUTO_CLASSES: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+
+
+@dataclass
+class BaseModel:
+    """Which pre-trained model to start from.
+
+    Attributes:
+        name: A Hugging Face Hub name, a local checkpoint folder, or ``fedbe:micro``, the small model that comes along.
+        task: The model's head; a classifier's is new and trained along with the blocks.
+        dtype: Type of the resident weights.
+        attention: Attention implementation of `transformers`; ``null`` for its default.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        revision: Branch, tag or commit on the Hub.
+    """
+
+    name: str = MICRO
+    task: Literal["causal-lm", "sequence-classification", "image-classification"] = "causal-lm"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: str | None = None
+    gradient_checkpointing: bool = False
+    revision: str = "main"
+
+    @property
+    def path(self) -> str:
+        """What `from_pretrained` is given."""
+        return str(micro_path()) if self.name == MICRO else self.name
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, read without its weights.
+
+        Raises:
+            ConfigError: There is no such model, or its files cannot be read.
+        """
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.path, revision=self.revision)
+            return config
+        except (OSError, ValueError, KeyError) as error:
+            kind = "folder" if Path(self.path).exists() else "model"
+            reason = str(error).strip().splitlines()[0]
+            remedy = f"no such {kind} can be loaded ({reason}); give a Hub name, a checkpoint folder, or {MICRO}"
+            raise ConfigError(Problem("model.name", self.name, remedy)) from error
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the base model."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    def check(self) -> list[Problem]:
+        """Return the mistakes in this section."""
+        try:
+            _ = self.config
+        except ConfigError as error:
+            return list(error.problems)
+        return []
+
+    @cached_property
+    def processor(self) -> Any:
+        """The tokenizer, or the image processor of an image model.
+
+        Raises:
+            ConfigError: It cannot be read.
+        """
+        loader = AutoImageProcessor if self.task == "image-classification" else AutoTokenizer
+        try:
+            return loader.from_pretrained(self.path, revision=self.revision)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                Problem("model.name", self.name, f"its {loader.__name__} cannot be read ({reason})")
+            ) from error
+
+    def load(self, num_labels: int | None = None, pad_token_id: int | None = None) -> PreTrainedModel:
+        """Return the base model in evaluation mode, all of it frozen.
+
+        Args:
+            num_labels: Classes of a new classification head; ``None`` keeps what the checkpoint says.
+            pad_token_id: Padding id for a classifier whose checkpoint names none.
+        """
+        config = self.config
+        new_head = num_labels is not None and num_labels != config.num_labels
+        if num_labels is not None:
+            config.num_labels = num_labels
+        if pad_token_id is not None and getattr(config.get_text_config(), "pad_token_id", None) is None:
+            config.get_text_config().pad_token_id = pad_token_id
+        options: dict[str, Any] = {} if self.attention is None else {"attn_implementation": self.attention}
+        if new_head:
+            options["ignore_mismatched_sizes"] = True
+        model: PreTrainedModel = _AUTO_CLASSES[self.task].from_pretrained(
+            self.path, config=config, dtype=getattr(torch, self.dtype), revision=self.revision, **options
+        )
+        model.requires_grad_(False)
+        model.train(False)
+        if self.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        return model
+
+
+def forward_options(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the arguments of a forward pass that trains or scores whole sequences: no key-value cache.
+
+    Without a cache the model also sees from restarting positions where packed documents begin.
+    """
+    return {"use_cache": False} if getattr(model.config, "use_cache", False) else {}

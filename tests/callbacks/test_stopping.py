@@ -1,0 +1,123 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import toy_loop
+
+from fedbe.callbacks import EarlyStopping, KeepBest, metric_value
+from fedbe.callbacks.stopping import without_improvement
+from fedbe.errors import ConfigError
+
+
+def run(loop, record, accuracies, **changes):
+    for number, accuracy in enumerate(accuracies):
+        loop.state = {"w": torch.full((2,), float(number))}
+        loop.write(record(number, accuracy, **changes))
+        if loop.stop_reason:
+            return number
+    return None
+
+
+@given(st.lists(st.floats(0, 1), min_size=1), st.sampled_from(["max", "min"]))
+def test_rounds_without_improvement_are_those_since_the_best(values, mode):
+    best = (max if mode == "max" else min)(values)
+    assert without_improvement(values, mode) == len(values) - 1 - values.index(best)
+
+
+def test_patience_counts_measurements_without_improvement(fake_loop, record):
+    loop = fake_loop(EarlyStopping(patience=2))
+    assert run(loop, record, [0.2, 0.3, 0.3, None, 0.25, 0.9]) == 4
+    assert loop.stop_reason == "downstream/accuracy has not improved on 0.3 in 2 measurements"
+
+
+def test_small_improvements_do_not_count(fake_loop, record):
+    loop = fake_loop(EarlyStopping(patience=2, min_delta=0.05))
+    assert run(loop, record, [0.2, 0.24, 0.249, 0.9]) == 2
+
+
+def test_less_is_better_when_it_is_said(fake_loop, record):
+    loop = fake_loop(EarlyStopping("delta_ce/mean", mode="min", patience=1))
+    loop.write(record(0, delta_ce={"mean": 0.3}))
+    loop.write(record(1, delta_ce={"mean": 0.1}))
+    assert loop.stop_reason is None
+    loop.write(record(2, delta_ce={"mean": 0.2}))
+    assert loop.stop_reason == "delta_ce/mean has not improved on 0.1 in 1 measurements"
+
+
+@pytest.mark.parametrize("accuracy", [0.4, 0.5])
+def test_a_target_that_is_reached_ends_the_run(fake_loop, record, accuracy):
+    loop = fake_loop(EarlyStopping(target=0.4))
+    assert run(loop, record, [0.2, 0.39, accuracy]) == 2
+    assert loop.stop_reason == f"downstream/accuracy is {accuracy}, the target was 0.4"
+
+
+def test_a_metric_that_is_no_number_ends_the_run(fake_loop, record):
+    loop = fake_loop(EarlyStopping("downstream/loss", mode="min"))
+    loop.write(record(0, downstream={"accuracy": 0.0, "loss": math.nan}))
+    assert loop.stop_reason == "downstream/loss is nan"
+
+
+def test_an_unknown_metric_names_those_there_are(fake_loop, record):
+    loop = fake_loop(EarlyStopping("retention/doc"))
+    with pytest.raises(ConfigError, match=r"retention/doc.*retention/mean, retention/docs"):
+        loop.write(record(0))
+
+
+def test_a_metric_that_was_not_measured_in_a_round_is_none(record):
+    assert metric_value(record(0, None), "downstream/accuracy") is None
+    assert metric_value(record(0, 0.25), "downstream/accuracy") == 0.25
+    assert metric_value(record(0), "general/docs/score") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ({"monitor": "accuracy"}, "monitor"),
+        ({"monitor": "downstream/acuracy"}, "monitor"),
+        ({"mode": "maximum"}, "mode"),
+        ({"patience": 0}, "patience"),
+        ({"min_delta": -1.0}, "min_delta"),
+    ],
+)
+def test_bad_arguments_are_reported_before_work_starts(arguments, key):
+    assert [problem.key for problem in EarlyStopping(**arguments).check("callbacks[0]")] == [f"callbacks[0].{key}"]
+
+
+def test_early_stopping_ends_a_real_run_and_says_why(tmp_path):
+    loop = toy_loop(tmp_path / "run", rounds=9, callbacks=[EarlyStopping("bytes/up", patience=2)])
+    summary = loop.run()
+    assert summary["rounds"] == 2
+    assert summary["stop_reason"] == "bytes/up has not improved on 0 in 2 measurements"
+
+
+def test_keep_best_makes_the_best_round_the_final_model(fake_loop, record):
+    loop = fake_loop(KeepBest())
+    run(loop, record, [0.2, 0.4, None, 0.4, 0.3])
+    loop.call("on_last_round")
+    assert loop.restored["w"].tolist() == [1.0, 1.0]
+    assert loop.summary["kept_round"] == 1
+
+
+def test_keep_best_keeps_a_copy_that_later_rounds_cannot_change(fake_loop, record):
+    loop = fake_loop(KeepBest())
+    run(loop, record, [0.2])
+    loop.state["w"].fill_(7.0)
+    loop.call("on_last_round")
+    assert loop.restored["w"].tolist() == [0.0, 0.0]
+
+
+def test_keep_best_continues_from_its_state(fake_loop, record):
+    first, second = KeepBest(), KeepBest()
+    run(fake_loop(first), record, [0.2, 0.5])
+    second.load_state_dict(first.state_dict())
+    assert (second.value, second.round) == (0.5, 1)
+    assert torch.equal(second.tensors["w"], torch.ones(2))
+
+
+def test_keep_best_on_a_real_run_restores_the_untouched_model(tmp_path):
+    loop = toy_loop(tmp_path / "run", rounds=2, callbacks=[KeepBest("wall_seconds", mode="min")])
+    summary = loop.run()
+    assert summary["kept_round"] == 0
+    assert summary["downstream"] == summary["downstream_base"]

@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from fedbe.data import IGNORED
+from fedbe.datamodules import IIDPartitioner, InstructionDataModule
+from fedbe.errors import ConfigError
+
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
+)
+ROWS = {"prompt": ["2+2?", "Who?"], "response": ["4", "Nobody."]}
+
+
+def module(corpus, tokenizer, config, rows=ROWS, **arguments) -> InstructionDataModule:
+    data = InstructionDataModule(corpus(rows), IIDPartitioner(1), **{"max_length": 64, **arguments})
+    data.connect(tokenizer, config, seed=0)
+    data.setup("fit")
+    return data
+
+
+def read(decode, data: InstructionDataModule, index: int = 0) -> tuple[str, str]:
+    """Return a whole sample as text, and what of it is scored."""
+    sample = data.client_dataset("0")[index]
+    ids, labels = sample["input_ids"], sample["labels"]
+    return decode(data.tokenizer, ids), decode(data.tokenizer, labels[labels != IGNORED])
+
+
+def test_the_plain_template_scores_the_response_and_the_end_token(corpus, tokenizer, llama_config, decode):
+    whole, scored = read(decode, module(corpus, tokenizer, llama_config))
+    assert whole == "<s>### Instruction:\n2<unk>2?\n\n### Response:\n4</s>"
+    assert scored == "4</s>"
+
+
+def test_another_plain_template_and_a_system_prompt(corpus, tokenizer, llama_config, decode):
+    data = module(corpus, tokenizer, llama_config, template="Q: {prompt} A: ", system_prompt="Be brief.")
+    assert read(decode, data, 1) == ("<s>Be brief.\n\nQ: Who? A: Nobody.</s>", "Nobody.</s>")
+
+
+def test_the_chat_template_scores_the_response_and_what_ends_it(corpus, make_tokenizer, llama_config, decode):
+    data = module(corpus, make_tokenizer(chat_template=CHAT), llama_config, system_prompt="Be brief.")
+    whole, scored = read(decode, data, 1)
+    assert whole == "<|system|>Be brief.</s><|user|>Who?</s><|assistant|>Nobody.</s>"
+    assert scored == "Nobody.</s>"
+
+
+def conversation(*contents: str) -> dict:
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, contents, strict=False)]
+    return {"messages": [turns, turns]}
+
+
+@pytest.mark.parametrize("chat", [CHAT, None])
+def test_each_assistant_turn_of_a_conversation_is_scored(corpus, make_tokenizer, llama_config, decode, chat):
+    rows = conversation("Hi", "Yo", "Bye", "Ta")
+    data = module(
+        corpus,
+        make_tokenizer(chat_template=chat),
+        llama_config,
+        rows,
+        messages_column="messages",
+        template="{prompt}: ",
+    )
+    whole, scored = read(decode, data)
+    assert scored == "Yo</s>Ta</s>"
+    assert whole == (
+        "<|user|>Hi</s><|assistant|>Yo</s><|user|>Bye</s><|assistant|>Ta</s>"
+        if chat
+        else "<s>Hi: Yo</s>\n\nBye: Ta</s>"
+    )
+
+
+def test_long_samples_are_cut_at_the_right_and_those_without_response_dropped_and_counted(
+    corpus, tokenizer, llama_config, decode
+):
+    rows = {"prompt": ["a", "a" * 20, "b"], "response": ["b" * 30, "never seen", ""]}
+    held_out = {"prompt": ["a"], "response": ["b"]}
+    source = corpus(rows, held_out, held_out)
+    data = InstructionDataModule(source, IIDPartitioner(1), max_length=12, template="{prompt}:")
+    data.connect(tokenizer, llama_config, seed=0)
+    data.setup()
+    assert len(data.client_dataset("0")) == 1
+    assert read(decode, data) == ("<s>a:" + "b" * 9, "b" * 9)
+    assert data.dropped == 2  # the long prompt and the empty response
+    data.setup()
+    assert data.dropped == 2
+
+
+def test_batches_are_padded_with_an_attention_mask(corpus, tokenizer, llama_config):
+    data = module(corpus, tokenizer, llama_config)
+    (batch,) = data.client_dataloader("0", torch.Generator())
+    assert {name: tuple(value.shape) for name, value in batch.items()} == dict.fromkeys(
+        ("input_ids", "labels", "attention_mask"), (2, batch["input_ids"].shape[1])
+    )
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ({"prompt_column": "question"}, "prompt_column"),
+        ({"messages_column": "turns"}, "messages_column"),
+        ({"messages_column": "prompt"}, "messages_column"),
+        ({"template": "no place"}, "template"),
+        ({"max_length": 0}, "max_length"),
+    ],
+)
+def test_mistakes_are_reported_with_their_key(corpus, arguments: dict, key: str):
+    (problem,) = InstructionDataModule(corpus(ROWS), IIDPartitioner(1), **arguments).check("data")
+    assert problem.key == f"data.init_args.{key}"
+    assert problem.value == arguments[key]
+
+
+def test_a_chat_template_that_refuses_the_roles_is_a_named_error(corpus, make_tokenizer, llama_config):
+    with pytest.raises(ConfigError, match="System role not supported"):
+        module(corpus, make_tokenizer(chat_template=NO_SYSTEM), llama_config, system_prompt="Be brief.")

@@ -1,0 +1,200 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from fedbe.assets import micro_path
+from fedbe.cli import main
+
+TEXT = "The number {} comes before the number {}, as everyone who has learned to count will tell you. "
+
+
+@pytest.fixture
+def config(tmp_path):
+    rows = [{"text": TEXT.format(i, i + 1) * 4, "speaker": f"s{i % 3}"} for i in range(60)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    corpus = {"class_path": "fedbe.corpora.FilesCorpus", "init_args": {"train": str(data)}}
+    partitioner = {"class_path": "fedbe.datamodules.NaturalPartitioner", "init_args": {"column": "speaker"}}
+    return {
+        "output": str(tmp_path / "run"),
+        "algorithm": {"class_path": "fedbe.algorithms.BlockExpansion", "init_args": {"positions": [5]}},
+        "data": {
+            "class_path": "fedbe.datamodules.CausalLMDataModule",
+            "init_args": {
+                "corpus": corpus, "partitioner": partitioner, "sequence_length": 32, "batch_size": 2,
+                "max_validation_sequences": 4, "max_test_sequences": 4,
+            },
+        },
+        "client": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}},
+        "federation": {"rounds": 2, "cohort": 2},
+        "trainer": {"max_steps": 2, "accelerator": "cpu"},
+        "general_tasks": [
+            {
+                "class_path": "fedbe.evaluation.NextTokenTask",
+                "init_args": {"corpus": corpus, "sequence_length": 32, "max_sequences": 4},
+            }
+        ],
+        "logger": "none",
+    }  # fmt: skip
+
+
+def run(config, tmp_path, *arguments, command="fit"):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return main([command, f"--config={path}", *arguments])
+
+
+def test_a_run_leaves_what_the_documentation_lists(config, tmp_path, capsys):
+    assert run(config, tmp_path) == 0
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "model", "plots",
+    }  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {
+        "algorithm", "seed", "rounds", "downstream", "general", "retention", "delta_ce", "trainable_parameters",
+        "bytes_up", "bytes_down", "simulated_seconds", "wall_seconds", "peak_rss_bytes", "versions",
+    } <= summary.keys()  # fmt: skip
+    assert summary["bytes_up"] == summary["bytes_down"] == 2 * 2 * 4 * summary["trainable_parameters"]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(records[0]) == set(record) for record in records) and len(records) == 3
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.config.num_hidden_layers == 7
+    assert {path.suffix for path in (folder / "plots").iterdir()} == {".png"}
+    assert "kept" in capsys.readouterr().out
+
+
+def test_the_resolved_config_runs_again_to_the_same_scores(config, tmp_path):
+    assert run(config, tmp_path) == 0
+    assert main(["fit", f"--config={tmp_path / 'run' / 'config.yaml'}", f"--output={tmp_path / 'again'}"]) == 0
+    first, again = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "again"))
+    assert first["downstream"] == again["downstream"] and first["general"] == again["general"]
+
+
+def test_export_with_dial_zero_is_the_base_model(config, tmp_path):
+    assert run(config, tmp_path) == 0
+    assert main(["export", str(tmp_path / "run"), f"--to={tmp_path / 'base'}", "--dial=0"]) == 0
+    ids = torch.arange(3, 40)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(p).eval()(ids).logits for p in (tmp_path / "base", micro_path())]
+    assert torch.equal(*logits)
+    assert main(["export", str(tmp_path / "run"), f"--to={tmp_path / 'base'}"]) == 2
+
+
+def test_partition_prints_and_plots(config, tmp_path, capsys):
+    assert run(config, tmp_path, f"--plot={tmp_path / 'who.png'}", command="partition") == 0
+    assert (tmp_path / "who.png").stat().st_size > 1000
+    assert "s0" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def spoil(config, key, value):
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[int(parent)] if parent.isdigit() else node[parent]
+    node[last] = value
+
+
+DATA = "data.init_args"
+MISTAKES = {
+    "sed": 3,
+    "seed": "many",
+    "algorithm.init_args.positions": [6],
+    f"{DATA}.sequence_length": -1,
+    f"{DATA}.corpus.init_args.train": "nowhere.jsonl",
+    "federation.rounds": 0,
+    "client.schedule": {"warmup_steps": -1},
+    "trainer.max_stepss": 1,
+    "model": {"name": "nowhere/nothing"},
+    "general_tasks.0.init_args.sequence_length": 0,
+}
+
+
+@pytest.mark.parametrize("key", MISTAKES)
+def test_a_mistake_is_reported_with_key_and_value_before_anything_is_written(config, tmp_path, capsys, key):
+    spoil(config, key, MISTAKES[key])
+    assert run(config, tmp_path) == 2
+    output = capsys.readouterr().err
+    assert key.split(".")[-1] in output or next(iter(MISTAKES[key])) in output
+    assert "Traceback" not in output and not (tmp_path / "run").exists()
+
+
+def test_all_mistakes_are_reported_at_once(config, tmp_path, capsys):
+    spoiled = ["sed", "federation.rounds", "algorithm.init_args.positions", f"{DATA}.corpus.init_args.train"]
+    for key in spoiled:
+        spoil(config, key, MISTAKES[key])
+    assert run(config, tmp_path) == 2
+    output = capsys.readouterr().err
+    assert all(f"- {key} = {MISTAKES[key]!r}" in output for key in spoiled), output
+    assert "did you mean `seed`?" in output
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("federation.cohort", 4, "federation.cohort = 4"),
+        (f"{DATA}.partitioner.init_args.column", "hospital", "hospital"),
+        (f"{DATA}.text_column", "body", "body"),
+        (f"{DATA}.sequence_length", 4096, "sequence_length"),
+        (
+            f"{DATA}.partitioner",
+            {"class_path": "fedbe.datamodules.IIDPartitioner", "init_args": {"clients": 500}},
+            "clients = 500",
+        ),
+    ],
+)
+def test_what_only_the_data_shows_is_reported_before_work_too(config, tmp_path, capsys, key, value, expected):
+    spoil(config, key, value)
+    assert run(config, tmp_path) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_output_folder_is_refused_and_left_alone(config, tmp_path, capsys):
+    kept = tmp_path / "run" / "precious.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    assert run(config, tmp_path) == 2
+    assert "output = " in capsys.readouterr().err
+    assert [path.name for path in kept.parent.iterdir()] == ["precious.txt"]
+
+
+def test_empty_and_broken_files_are_reported(config, tmp_path, capsys):
+    for content in ("", '{"text": '):
+        file = tmp_path / "broken.jsonl"
+        file.write_text(content)
+        spoil(config, f"{DATA}.corpus.init_args.train", str(file))
+        assert run(config, tmp_path) == 2
+        assert "broken.jsonl" in capsys.readouterr().err
+
+
+def test_an_unreadable_config_is_reported(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("a: [1")
+    assert main(["fit", f"--config={path}"]) == 2
+    assert main(["fit", f"--config={tmp_path / 'none.yaml'}"]) == 2
+    assert main(["fit"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("cannot be read") == 2 and "data = None" in errors
+
+
+def test_without_a_command_the_commands_are_listed(capsys):
+    assert main([]) == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in ("fit", "partition", "export", "pretrain", "bench"))
+    assert main(["fly"]) == 2
+
+
+def test_a_user_s_own_data_module_is_plugged_in_by_class_path(tmp_path, monkeypatch):
+    example = Path(__file__).parent / "datamodules" / "custom_example.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "sums.py").write_text(example.read_text())
+    config = {
+        "data": {"class_path": "sums.SumsData", "init_args": {"clients": 3}}, "output": str(tmp_path / "run"),
+        "federation": {"rounds": 1}, "trainer": {"max_steps": 1, "accelerator": "cpu"}, "logger": "none",
+    }  # fmt: skip
+    assert run(config, tmp_path) == 0

@@ -1,0 +1,268 @@
+import json
+
+import pytest
+import torch
+from toy import ToyData, tiny_llama, toy_loop
+from transformers import AutoModelForCausalLM
+
+from fedbe.algorithms import BlockExpansion
+from fedbe.callback import FederatedCallback
+from fedbe.errors import UpdateError
+from fedbe.update import Update
+
+
+class Recorder(FederatedCallback):
+    """Notes the hooks in the order in which they are called."""
+
+    def __init__(self):
+        self.calls = []
+        self.updates = []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_"):
+            return lambda loop, *arguments: self._note(name, arguments)
+        return super().__getattribute__(name)
+
+    def _note(self, name, arguments):
+        self.calls.append(name)
+        if name == "on_client_end":
+            self.updates.append(arguments[1])
+
+
+class OnlyBlocks(BlockExpansion):
+    """Gives each client the units that a table says."""
+
+    def __init__(self, positions, table):
+        super().__init__(positions)
+        self.table = table
+
+    def allocate(self, cohort, round_index):
+        return {client: self.table[client] for client in cohort}
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def run_state(folder, **changes):
+    loop = toy_loop(folder, **changes)
+    loop.run()
+    return loop.state
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_hooks_come_in_the_documented_order(tmp_path):
+    recorder = Recorder()
+    toy_loop(tmp_path / "run", rounds=2, cohort=2, callbacks=[recorder]).run()
+    client = ["on_client_start", "on_client_end"]
+    one_round = ["on_round_start", *client, *client, "on_aggregate", "on_round_end", "on_round_written"]
+    start = ["on_run_start", "on_round_written"]
+    assert recorder.calls == [*start, *one_round, *one_round, "on_last_round", "on_run_end", "on_run_written"]
+
+
+def test_training_learns_and_frozen_tensors_stay_to_the_bit(tmp_path):
+    base = tiny_llama()
+    before = {name: tensor for name, tensor in base.state_dict().items() if ".layers." not in name}
+    options = {"rounds": 6, "cohort": 3, "trainer": {"max_steps": 8}}
+    loop = toy_loop(tmp_path / "run", data=ToyData(clients=8), **options)
+    loop.setup()
+    frozen = {n: t for n, t in snapshot(loop.model).items() if n not in loop.algorithm.trainable_names}
+    assert len(frozen) > 20
+    loop = toy_loop(tmp_path / "again", data=ToyData(clients=8), **options)
+    summary = loop.run()
+    after = snapshot(loop.model)
+    assert_same(frozen, {name: after[name] for name in frozen})
+    assert_same(before, {name: after[name] for name in before})
+    assert summary["downstream"]["loss"] < summary["downstream_base"]["loss"] - 0.05
+
+
+def test_no_frozen_parameter_has_a_gradient_or_optimizer_state(tmp_path):
+    seen = []
+
+    def spy(parameters):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        seen.append(optimizer)
+        return optimizer
+
+    loop = toy_loop(tmp_path / "run", rounds=1, optimizer=spy)
+    loop.run()
+    trainable = {id(loop.model.get_parameter(name)) for name in loop.algorithm.trainable_names}
+    for optimizer in seen:
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trainable
+        assert {id(p) for p in optimizer.state} <= trainable
+    assert all(parameter.grad is None for parameter in loop.model.parameters())
+
+
+def test_only_what_was_trained_travels(tmp_path):
+    recorder = Recorder()
+    loop = toy_loop(tmp_path / "run", rounds=1, callbacks=[recorder])
+    loop.run()
+    assert len(recorder.updates) == 4
+    for update in recorder.updates:
+        assert set(update.tensors) == set(loop.algorithm.trainable_names)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "samples"),
+    [({"max_steps": -1, "max_epochs": 1}, [6, 10, 14, 18]), ({"max_steps": 3}, [4 + 2 + 4, 4 + 4 + 2, 12, 12])],
+)
+def test_samples_are_those_really_seen(tmp_path, trainer, samples):
+    recorder = Recorder()
+    toy_loop(tmp_path / "run", rounds=1, callbacks=[recorder], trainer=trainer).run()
+    assert [update.samples for update in recorder.updates] == samples
+
+
+def test_the_same_seed_gives_the_same_tensors_and_another_seed_others(tmp_path):
+    first = run_state(tmp_path / "a", cohort=2)
+    assert_same(first, run_state(tmp_path / "b", cohort=2))
+    other = run_state(tmp_path / "c", cohort=2, seed=1)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+class ShuffledEngine:
+    """Runs the clients in another order, and returns their updates in the order of the cohort."""
+
+    def __init__(self, engine, order):
+        self.engine, self.order = engine, order
+
+    def train(self, tasks):
+        tasks = list(tasks)
+        updates = {i: self.engine.train_client(tasks[i]) for i in self.order}
+        yield from ((task, updates[i]) for i, task in enumerate(tasks))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_order_in_which_clients_ran_does_not_matter(tmp_path, dropout):
+    reference = run_state(tmp_path / "a", model=tiny_llama(dropout=dropout))
+    loop = toy_loop(tmp_path / "b", model=tiny_llama(dropout=dropout))
+    loop.engine = ShuffledEngine(loop.engine, [2, 0, 3, 1])
+    loop.run()
+    assert_same(reference, loop.state)
+
+
+def test_the_global_generator_has_no_influence_and_is_left_alone(tmp_path):
+    torch.manual_seed(1)
+    first = run_state(tmp_path / "a", model=tiny_llama(dropout=0.5))
+    torch.manual_seed(2)
+    expected = torch.rand(1)
+    torch.manual_seed(2)
+    second = run_state(tmp_path / "b", model=tiny_llama(dropout=0.5))
+    assert torch.equal(torch.rand(1), expected)
+    assert_same(first, second)
+
+
+def test_one_client_s_tensors_do_not_reach_another(tmp_path):
+    together = toy_loop(tmp_path / "a", rounds=1)
+    recorder = Recorder()
+    together.callbacks = [recorder]
+    together.run()
+    alone = toy_loop(tmp_path / "b", rounds=1)
+    alone.setup()
+    alone.progress.started = 1
+    task = next(alone._tasks({"client-2": ("block_0", "block_1")}))
+    update = alone.engine.train_client(task)
+    assert_same(recorder.updates[2].tensors, update.tensors)
+
+
+def test_a_client_trains_the_blocks_allocated_to_it_and_the_mean_is_over_holders(tmp_path):
+    table = {"client-0": ("block_0",), "client-1": ("block_1",), "client-2": ("block_1",), "client-3": ("block_1",)}
+    recorder = Recorder()
+    loop = toy_loop(tmp_path / "run", rounds=1, algorithm=OnlyBlocks([0, 2], table), callbacks=[recorder])
+    loop.run()
+    low, high = loop.algorithm.units()["block_0"], loop.algorithm.units()["block_1"]
+    assert set(recorder.updates[0].tensors) == set(low)
+    assert_same({name: loop.state[name] for name in low}, recorder.updates[0].tensors)
+    name = high[0]
+    weights = torch.tensor([u.samples for u in recorder.updates[1:]], dtype=torch.float64)
+    stacked = torch.stack([u.tensors[name].double() for u in recorder.updates[1:]])
+    shape = (-1, *[1] * (stacked.dim() - 1))
+    torch.testing.assert_close(
+        loop.state[name], ((weights / weights.sum()).view(shape) * stacked).sum(0).float(), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_a_block_that_nobody_trains_keeps_its_value(tmp_path):
+    table = {f"client-{k}": ("block_1",) for k in range(4)}
+    loop = toy_loop(tmp_path / "run", rounds=1, algorithm=OnlyBlocks([0, 2], table))
+    loop.setup()
+    names = loop.algorithm.units()["block_0"]
+    before = {name: loop.state[name].clone() for name in names}
+    loop = toy_loop(tmp_path / "again", rounds=1, algorithm=OnlyBlocks([0, 2], table))
+    loop.run()
+    assert_same(before, {name: loop.state[name] for name in names})
+
+
+def test_a_client_that_takes_no_step_is_an_error_with_its_name(tmp_path):
+    class Idle:
+        def train(self, tasks):
+            for task in tasks:
+                yield task, Update(task.client_id, dict(task.received), 0, {"seconds": 0.0})
+
+    loop = toy_loop(tmp_path / "run")
+    loop.engine = Idle()
+    with pytest.raises(UpdateError, match="client-0"):
+        loop.run()
+
+
+def test_callbacks_hear_of_an_exception(tmp_path):
+    class Broken:
+        def train(self, tasks):
+            raise RuntimeError("no power")
+
+    recorder = Recorder()
+    loop = toy_loop(tmp_path / "run", callbacks=[recorder])
+    loop.engine = Broken()
+    with pytest.raises(RuntimeError, match="no power"):
+        loop.run()
+    assert recorder.calls[-1] == "on_exception"
+
+
+def test_the_run_folder_holds_records_summary_and_a_plain_model(tmp_path):
+    loop = toy_loop(tmp_path / "run", rounds=2, cohort=2)
+    loop.run()
+    records = [json.loads(line) for line in loop.folder.metrics.read_text().splitlines()]
+    assert [record["round"] for record in records] == [0, 1, 2]
+    assert records[1]["allocation"] == {client: ["block_0", "block_1"] for client in records[1]["cohort"]}
+    assert json.loads(loop.folder.summary.read_text()) == json.loads(json.dumps(loop.summary))
+    model = AutoModelForCausalLM.from_pretrained(loop.folder.model).eval()
+    assert model.config.num_hidden_layers == 5
+    ids = loop.data.validation_dataset().rows
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, loop.model.eval()(ids).logits)
+
+
+def test_stop_ends_after_the_round_and_keeps_the_first_reason(tmp_path):
+    class Stopper(FederatedCallback):
+        def on_round_end(self, loop):
+            loop.stop("enough")
+            loop.stop("really")
+
+    loop = toy_loop(tmp_path / "run", rounds=5, callbacks=[Stopper()])
+    assert loop.run()["stop_reason"] == "enough"
+    assert loop.progress.completed == 1
+
+
+def test_a_loop_continues_from_its_state_to_the_same_tensors(tmp_path):
+    whole = toy_loop(tmp_path / "a", rounds=4, cohort=2)
+    whole.run()
+    half = toy_loop(tmp_path / "b", rounds=4, cohort=2)
+    half.setup()
+    half.folder.create({})
+    half.on_run_start()
+    half.advance()
+    half.advance()
+    state, tensors = json.loads(json.dumps(half.state_dict())), half.state
+    rest = toy_loop(tmp_path / "c", rounds=4, cohort=2)
+    rest.setup()
+    rest.folder.create({})
+    rest.load_state_dict(state)
+    rest.restore(tensors)
+    while not rest.done:
+        rest.advance()
+    assert_same(whole.state, rest.state)
+    assert [r["downstream"] for r in whole.history] == [r["downstream"] for r in rest.history]
