@@ -1,5 +1,6 @@
 """What watches a run: measuring, stopping, showing and logging."""
 
+from fedbe.callbacks.checkpoint import CheckpointCallback, load_checkpoint
 from fedbe.callbacks.communication import CommunicationCallback
 from fedbe.callbacks.convergence import ConvergenceCallback
 from fedbe.callbacks.logging import LoggingCallback
@@ -11,6 +12,7 @@ from fedbe.callbacks.retention import RetentionCallback
 from fedbe.callbacks.stopping import EarlyStopping, KeepBest
 
 __all__ = [
+    "CheckpointCallback",
     "CommunicationCallback",
     "ConvergenceCallback",
     "EarlyStopping",
@@ -19,6 +21,7 @@ __all__ = [
     "PlotCallback",
     "ProgressCallback",
     "RetentionCallback",
+    "load_checkpoint",
     "metric_value",
     "summary_table",
 ]

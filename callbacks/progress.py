@@ -34,9 +34,9 @@ class ProgressCallback(FederatedCallback):
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(24),
+                BarColumn(12),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self._display = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
             self._rounds = self._display.add_task("rounds", total=loop.rounds, completed=len(loop.history), note="")
@@ -101,6 +101,5 @@ def _note(loop: FederatedLoop) -> str:
     downstream, kept = loop.record["downstream"], loop.record["retention"]
     parts = [f"accuracy {downstream['accuracy']:.3f}"] if downstream else []
     parts += [f"kept {readable_share(kept['mean'])}"] if kept else []
-    for direction in ("up", "down"):
-        parts.append(f"{readable_bytes(sum(record['bytes'][direction] for record in loop.history))} {direction}")
-    return " · ".join(parts)
+    sent = sum(sum(record["bytes"].values()) for record in loop.history)
+    return " · ".join([*parts, f"{readable_bytes(sent)} sent"])

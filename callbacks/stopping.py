@@ -1,16 +1,19 @@
 """When a run has learned enough, and which round's model it keeps."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
 from fedbe.callback import FederatedCallback
 from fedbe.callbacks.records import Mode, better, check_monitor, metric_value
 from fedbe.errors import Problem
 from fedbe.evaluation.tasks import check_at_least
 from fedbe.loop import FederatedLoop
+
+_BEST = "best.safetensors"
 
 
 def without_improvement(values: Sequence[float], mode: Mode, min_delta: float = 0.0) -> int:
@@ -89,7 +92,7 @@ class EarlyStopping(FederatedCallback):
 
 
 class KeepBest(FederatedCallback):
-    """Keeps a copy of the best round's tensors, and makes them the final model.
+    """Keeps the best round's tensors in `checkpoints/best.safetensors`, and makes them the final model.
 
     Args:
         monitor: Path of a metric in `metrics.jsonl`, measured on validation data or general tasks.
@@ -101,14 +104,13 @@ class KeepBest(FederatedCallback):
         self.mode = mode
         self.value: float | None = None
         self.round: int | None = None
-        self.tensors: dict[str, Tensor] = {}
 
     def check(self, key: str) -> list[Problem]:
         """Return what is wrong with the metric's name."""
         return check_monitor(key, self.monitor, self.mode)
 
     def on_round_written(self, loop: FederatedLoop) -> None:
-        """Copy the tensors if this round is the best so far; the first of equal ones stays.
+        """Save the tensors if this round is the best so far; the first of equal ones stays.
 
         Raises:
             ConfigError: There is no such metric.
@@ -118,18 +120,20 @@ class KeepBest(FederatedCallback):
             return
         if self.value is None or better(value, self.value, self.mode):
             self.value, self.round = value, loop.record["round"]
-            self.tensors = {name: tensor.detach().clone() for name, tensor in loop.state.items()}
+            partial = loop.folder.checkpoints / f"{_BEST}.partial"
+            save_file({name: tensor.contiguous() for name, tensor in loop.state.items()}, partial)
+            os.replace(partial, loop.folder.checkpoints / _BEST)
 
     def on_last_round(self, loop: FederatedLoop) -> None:
         """Put the best round's tensors back, before the final scoring."""
         if self.round is not None:
-            loop.restore(self.tensors)
+            loop.restore(load_file(loop.folder.checkpoints / _BEST))
         loop.summary["kept_round"] = self.round
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best round so far."""
-        return {"value": self.value, "round": self.round, "tensors": self.tensors}
+        """Return which round was the best so far; its tensors are on disk."""
+        return {"value": self.value, "round": self.round}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the best round so far."""
-        self.value, self.round, self.tensors = state["value"], state["round"], dict(state["tensors"])
+        self.value, self.round = state["value"], state["round"]

@@ -1,6 +1,7 @@
 """Federated fine-tuning of transformers with expanded blocks (FedBE, arXiv 2506.05977)."""
 
 from pathlib import Path
+from typing import Any
 
 # `fedbe.callbacks`, `fedbe.datamodules` and `fedbe.configs` are top-level folders of the repository. An installation
 # maps them into the package; straight from a checkout (and in editable mode) they are found through this path.
@@ -9,3 +10,13 @@ if (_root / "pyproject.toml").is_file() and (_root / "callbacks").is_dir():
     __path__.append(str(_root))
 
 __version__ = "0.1.0"
+__all__ = ["expand_blocks", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public functions when they are used first: they bring in torch and transformers."""
+    if name in __all__:
+        from fedbe import expansion
+
+        return getattr(expansion, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from fedbe.config import RunConfig, check_sections
-from fedbe.config_errors import collect, read_raw
 from fedbe.errors import ConfigError, FedBEError, Problem
-
-SET_BY_ENGINE = {"logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"}
+from fedbe.run_parser import read_run, run_parser, shipped_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +53,7 @@ def fit_command(arguments: Sequence[str]) -> None:
     """Fine-tune a model with simulated clients, as a configuration says."""
     from fedbe.fit import fit
 
-    parser = fit_parser("fit")
+    parser = run_parser("fit", fit_command.__doc__)
     run, trainer, config = read_run(parser, arguments)
     fit(run, trainer, config)
 
@@ -72,7 +65,7 @@ def partition_command(arguments: Sequence[str]) -> None:
     from fedbe.datamodules.report import describe_partition, plot_partition, print_partition
     from fedbe.fit import connect_data
 
-    run, _, config = read_run(fit_parser("partition"), arguments)
+    run, _, config = read_run(run_parser("partition", partition_command.__doc__), arguments)
     problems = [problem for problem in run.check() if problem.key != "output"]
     if problems:
         raise ConfigError(*problems)
@@ -131,7 +124,9 @@ def bench_overhead(arguments: Sequence[str]) -> None:
     with TemporaryDirectory() as folder:
         settings = [f"--federation.rounds={options.rounds + 2}", f"--output={folder}/run"]
         quiet = ["--federation.evaluate_every_n_rounds=1000000", "--general_tasks=[]"]
-        run, trainer, config = read_run(fit_parser("fit"), [f"--config={options.config}", *settings, *quiet])
+        run, trainer, config = read_run(
+            run_parser("fit", fit_command.__doc__), [f"--config={options.config}", *settings, *quiet]
+        )
         loop = build(run, trainer, config)
         if not isinstance(loop.engine, InProcessEngine):
             raise ConfigError(Problem("engine", type(loop.engine).__name__, "only the in-process engine is measured"))
@@ -160,71 +155,6 @@ def bench_parser(kind: str, description: str | None, rounds: int) -> ArgumentPar
     parser.add_argument("--config", type=Path, default=shipped_config("quickstart"), help="A run's configuration.")
     parser.add_argument("--rounds", type=int, default=rounds, help="Rounds to measure.")
     return parser
-
-
-def shipped_config(name: str) -> Path:
-    """Return the path of a configuration that comes with fedbe."""
-    return Path(str(files("fedbe.configs") / f"{name}.yaml"))
-
-
-def fit_parser(command: str, skip: frozenset[str] = frozenset()) -> ArgumentParser:
-    """Return the parser of a run's configuration, without the sections to skip."""
-    description = (fit_command if command == "fit" else partition_command).__doc__
-    parser = ArgumentParser(prog=f"fedbe {command}", description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="A YAML file; given again, the later one counts.")
-    parser.add_class_arguments(RunConfig, skip=set(skip))
-    parser.set_defaults({"algorithm": {"class_path": "fedbe.algorithms.BlockExpansion"}})
-    parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=SET_BY_ENGINE)
-    if command == "partition":
-        parser.add_argument("--plot", type=Path, default=Path("partition.png"), help="Where the picture goes.")
-    return parser
-
-
-def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
-    """Return the run, the arguments of its clients' `L.Trainer`, and the resolved configuration.
-
-    Raises:
-        ConfigError: A key, a type or a value does not fit; then with every mistake that can be seen so far.
-    """
-    try:
-        namespace = parser.parse_args(list(arguments))
-    except ArgumentError as first:
-        raise ConfigError(*all_problems(parser, arguments, first)) from first
-    sections, trainer = instantiate(parser, namespace)
-    return RunConfig(**sections), trainer, resolved(parser, namespace)
-
-
-def all_problems(parser: ArgumentParser, arguments: Sequence[str], first: ArgumentError) -> list[Problem]:
-    """Return every mistake of keys, types and values, once the parser has found a first."""
-    problems, rest = collect(parser, read_raw(arguments))
-    if not problems:
-        return [Problem("command line", " ".join(arguments), " ".join(str(first).split()))]
-    if "data" not in rest:
-        parser = fit_parser("fit", frozenset({"data"}))
-    rest.pop("plot", None)
-    try:
-        sections, _ = instantiate(parser, parser.parse_object(rest))
-        found = check_sections(sections)
-    except ConfigError as error:
-        found = list(error.problems)
-    known = {problem.key for problem in problems}
-    return problems + [problem for problem in found if problem.key not in known]
-
-
-def instantiate(parser: ArgumentParser, namespace: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the objects of each section of `RunConfig`, and the arguments of the clients' `L.Trainer`."""
-    values = parser.instantiate(namespace).as_dict()
-    trainer = values.pop("trainer")
-    return {key: value for key, value in values.items() if key not in ("config", "plot")}, trainer
-
-
-def resolved(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
-    """Return the configuration with every default filled in; it runs again as it is, into a new folder."""
-    again = namespace.clone()
-    again.output = None
-    again.pop("config", None)
-    config: dict[str, Any] = yaml.safe_load(parser.dump(again, skip_unset=False))
-    return config
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

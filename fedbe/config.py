@@ -15,7 +15,7 @@ from fedbe.client import OptimizerFactory, Schedule
 from fedbe.cohort import cohort_count
 from fedbe.data import FederatedDataModule
 from fedbe.errors import ConfigError, Problem
-from fedbe.evaluation.tasks import GeneralTask
+from fedbe.evaluation.tasks import GeneralTask, check_tasks
 from fedbe.models import BaseModel
 from fedbe.run_folder import RunFolder
 
@@ -134,13 +134,8 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     if "data" in sections:
         problems += check_data(sections["data"], model if not problems else None, sections["seed"])
     problems += [*sections["client"].schedule.check(), *sections["federation"].check()]
-    for section in ("general_tasks", "callbacks"):
-        for index, part in enumerate(sections[section]):
-            problems += part.check(f"{section}[{index}]")
-    names = [task.name for task in sections["general_tasks"]]
-    problems += [
-        Problem("general_tasks", name, "two tasks have this name: give each its own")
-        for name in sorted({name for name in names if names.count(name) > 1})
-    ]
+    problems += check_tasks(sections["general_tasks"], "general_tasks")
+    for index, callback in enumerate(sections["callbacks"]):
+        problems += callback.check(f"callbacks[{index}]")
     folder_problem = sections["output"] and RunFolder.problem(sections["output"])
     return problems + ([folder_problem] if folder_problem else [])

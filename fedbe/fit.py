@@ -31,6 +31,7 @@ STANDARD_CALLBACKS = (
     "RetentionCallback",
     "ConvergenceCallback",
     "CommunicationCallback",
+    "CheckpointCallback",
     "PlotCallback",
     "LoggingCallback",
     "ProgressCallback",
@@ -136,7 +137,7 @@ def with_standard_callbacks(given: Sequence[FederatedCallback]) -> list[Federate
 def build_logger(run: RunConfig, folder: RunFolder) -> Logger | None:
     """Return the logger that the configuration names; W&B stays offline unless a key is present."""
     if run.logger == "wandb":
-        quiet = wandb.Settings(silent=True)
+        quiet = wandb.Settings(silent=True, console="off")
         return WandbLogger(run.name, str(folder.path), offline=not wandb_online(), project="fedbe", settings=quiet)
     if run.logger == "csv":
         return CSVLogger(str(folder.path), name="csv", version="")

@@ -105,7 +105,6 @@ class FederatedLoop:
         self._started = time.perf_counter()
         try:
             self.setup()
-            self.folder.create(self.config)
             self.on_run_start()
             while not self.done:
                 self.advance()
@@ -141,7 +140,8 @@ class FederatedLoop:
         self.state = {name: self.model.get_parameter(name).detach().clone() for name in names}
 
     def on_run_start(self) -> None:
-        """Score the base model on all that is measured, as round 0."""
+        """Create the run's folder and score the base model on all that is measured, as round 0."""
+        self.folder.create(self.config)
         self.summary["downstream_base"] = self._downstream(self.data.test_dataloader())
         self.record = self._new_record(0, {})
         self.record["downstream"] = self._downstream(self.data.val_dataloader())

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from fedbe.assets import micro_path
-from fedbe.cli import fit_parser, read_run
 from fedbe.fit import build
+from fedbe.run_parser import read_run, run_parser
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -111,7 +111,7 @@ def test_a_shipped_configuration_runs_on_a_tiny_model(name, tmp_path):
         config["data"]["init_args"]["corpus"]["init_args"]["max_characters"] = 4000
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    run, trainer, config = read_run(fit_parser("fit"), [f"--config={path}"])
+    run, trainer, config = read_run(run_parser("fit"), [f"--config={path}"])
     loop = build(run, trainer, config)
     summary = loop.run()
     assert summary["rounds"] == 1

@@ -7,7 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedbe.callback import FederatedCallback
+from fedbe.fit import build
 from fedbe.loop import FederatedLoop, peak_rss_bytes
+from fedbe.run_parser import read_run, run_parser
 
 MIB = 2**20
 
@@ -70,16 +72,13 @@ def measure_memory(arguments: Sequence[str], clients: int) -> MemoryUse:
 
 
 def _run(arguments: list[str], clients: int) -> MemoryUse:
-    from fedbe.cli import fit_parser, read_run
-    from fedbe.fit import build
-
     gauge = _Gauge()
     with TemporaryDirectory() as folder:
         dealt = [
             "--data.init_args.partitioner=fedbe.datamodules.IIDPartitioner",
             f"--data.init_args.partitioner.clients={clients}",
         ]
-        run, trainer, config = read_run(fit_parser("fit"), [*arguments, *dealt, f"--output={folder}/run"])
+        run, trainer, config = read_run(run_parser("fit"), [*arguments, *dealt, f"--output={folder}/run"])
         loop = build(run, trainer, config)
         loop.callbacks = [*loop.callbacks, gauge]
         loop.run()

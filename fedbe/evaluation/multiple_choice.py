@@ -78,7 +78,8 @@ def _score(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, ...]:
         owners = torch.arange(len(items)).repeat_interleave(torch.tensor(counts))  # [choices]
         cache.batch_select_indices(owners.to(model.device))
     rows = [[item.context[-1], *choice] for item in items for choice in item.choices]
-    logits = model(input_ids=pad(rows, 0).to(model.device), past_key_values=cache, use_cache=True).logits
+    filler = rows[0][0]  # any token will do: what is filled up is not scored
+    logits = model(input_ids=pad(rows, filler).to(model.device), past_key_values=cache, use_cache=True).logits
     loss = token_statistics(logits, pad(rows, IGNORED).to(logits.device)).loss
     return torch.split(-loss.cpu().double(), counts)
 

@@ -46,8 +46,9 @@ class FakeLoop(SimpleNamespace):
     """What callbacks see of a loop; `play` gives them a history hook by hook."""
 
     def __init__(self, folder: Path, callbacks: list[Any], **changes: Any) -> None:
-        plots = folder / "plots"
+        plots, checkpoints = folder / "plots", folder / "checkpoints"
         plots.mkdir()
+        checkpoints.mkdir()
         values: dict[str, Any] = {
             "model": None,
             "general_tasks": (),
@@ -61,7 +62,7 @@ class FakeLoop(SimpleNamespace):
             "summary": {},
             "stop_reason": None,
             "restored": None,
-            "folder": SimpleNamespace(path=folder, plots=plots, model=folder / "model"),
+            "folder": SimpleNamespace(path=folder, plots=plots, checkpoints=checkpoints, model=folder / "model"),
         }
         super().__init__(callbacks=callbacks, **(values | changes))
 

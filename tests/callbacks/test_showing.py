@@ -21,7 +21,7 @@ def test_without_a_terminal_each_round_is_one_plain_line_and_the_table_comes_las
     loop.play(history)
     lines = callback.console.file.getvalue().splitlines()
     assert len(lines) == 7
-    assert lines[2] == "round 2/6 · accuracy 0.297 · kept 96.0 % · 2 kB up · 4 kB down · 4.0 s"
+    assert lines[2] == "round 2/6 · accuracy 0.297 · kept 96.0 % · 6 kB sent · 4.0 s"
     loop.finish()
     text = callback.console.file.getvalue()
     assert not any(ord(character) < 32 and character != "\n" for character in text)

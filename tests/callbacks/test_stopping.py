@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -108,12 +109,15 @@ def test_keep_best_keeps_a_copy_that_later_rounds_cannot_change(fake_loop, recor
     assert loop.restored["w"].tolist() == [0.0, 0.0]
 
 
-def test_keep_best_continues_from_its_state(fake_loop, record):
+def test_keep_best_continues_from_its_state_and_its_file(fake_loop, record):
     first, second = KeepBest(), KeepBest()
-    run(fake_loop(first), record, [0.2, 0.5])
-    second.load_state_dict(first.state_dict())
-    assert (second.value, second.round) == (0.5, 1)
-    assert torch.equal(second.tensors["w"], torch.ones(2))
+    loop = fake_loop(first)
+    run(loop, record, [0.2, 0.5])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    loop.callbacks = [second]
+    loop.write(record(2, 0.4))
+    loop.call("on_last_round")
+    assert loop.restored["w"].tolist() == [1.0, 1.0]
 
 
 def test_keep_best_on_a_real_run_restores_the_untouched_model(tmp_path):
