@@ -1,7 +1,7 @@
 """ClientModule: the LightningModule of one client, around the one resident model."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -119,17 +119,6 @@ class ClientModule(L.LightningModule):
         """Mean training loss over the local steps, in nats; NaN before the first."""
         return torch.stack(self._losses).mean().item() if self._losses else float("nan")
 
-    def trained_tensors(self) -> dict[str, Tensor]:
-        """Return copies of the tensors that this client trained, by exact name: all that it sends."""
-        return {name: self.model.get_parameter(name).detach().clone() for name in self.trainable_names}
-
     def cpu(self) -> Self:
         """Stay where it is: Lightning would move the resident model to the CPU after each client's fit."""
         return self
-
-
-@torch.no_grad()
-def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy values into the model's parameters of these exact names; the parameters stay the same objects."""
-    for name, tensor in tensors.items():
-        model.get_parameter(name).copy_(tensor)

@@ -74,7 +74,14 @@ def build(run: RunConfig, trainer: Mapping[str, Any], config: Mapping[str, Any])
     torch.nn.Module.to(model, L.Trainer(**QUIET, **options).strategy.root_device)
     folder = RunFolder(run.folder)
     engine = InProcessEngine(
-        model, run.data, run.client.optimizer, run.client.schedule, run.federation.rounds, options, run.seed
+        model,
+        run.algorithm,
+        run.data,
+        run.client.optimizer,
+        run.client.schedule,
+        run.federation.rounds,
+        options,
+        run.seed,
     )
     return FederatedLoop(
         model=model,

@@ -19,14 +19,13 @@ from transformers import PreTrainedModel
 import fedbe
 from fedbe.algorithms.base import Algorithm
 from fedbe.callback import FederatedCallback
-from fedbe.client import load_tensors
 from fedbe.cohort import CohortSampler
 from fedbe.data import FederatedDataModule
 from fedbe.engines.base import Engine
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.evaluation.tasks import GeneralTask
 from fedbe.run_folder import RunFolder
-from fedbe.update import ClientTask
+from fedbe.update import ClientTask, copy_tensors, load_tensors
 
 
 @dataclass
@@ -64,6 +63,7 @@ class FederatedLoop:
         seed: The run's seed.
         config: The resolved configuration, for the folder and for loggers.
         state: The global tensors by exact parameter name.
+        kept: What each client keeps to itself between its rounds, by its name.
         record: The line of `metrics.jsonl` that the round under way is writing.
         history: The records of completed rounds; the first is round 0, the base model.
         summary: What `summary.json` will hold.
@@ -89,6 +89,7 @@ class FederatedLoop:
     experience: int = 0
     progress: Progress = field(default_factory=Progress)
     state: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -135,9 +136,9 @@ class FederatedLoop:
         for task in self.general_tasks:
             task.prepare(self.model, self.tokenizer, self.seed)
         inputs = next(iter(self.data.val_dataloader()))
-        self.algorithm.prepare(self.model, {name: x.to(self.model.device) for name, x in inputs.items()})
-        names = self.algorithm.trainable_names
-        self.state = {name: self.model.get_parameter(name).detach().clone() for name in names}
+        # Two samples are enough to compare outputs on, and the logits of a whole batch may be gigabytes.
+        self.algorithm.prepare(self.model, {name: x[:2].to(self.model.device) for name, x in inputs.items()})
+        self.state = copy_tensors(self.model, self.algorithm.state_names)
 
     def on_run_start(self) -> None:
         """Create the run's folder and score the base model on all that is measured, as round 0."""
@@ -229,6 +230,8 @@ class FederatedLoop:
         for task, update in self.engine.train(self._tasks(allocation)):
             self.call("on_client_end", task, update)
             aggregator.add(update)
+            if update.kept:
+                self.kept[update.client_id] = update.kept
             slowest = max(slowest, update.metrics["seconds"])
         self.simulated_seconds += slowest
         new_state = aggregator.result()
@@ -239,7 +242,9 @@ class FederatedLoop:
         units = self.algorithm.units()
         for client_id, names in allocation.items():
             trainable = tuple(name for unit in names for name in units[unit])
-            task = ClientTask(client_id, self.experience, self.round_index, self.state, trainable)
+            received = self.algorithm.send(self.state, client_id)
+            kept = self.kept.get(client_id, {})
+            task = ClientTask(client_id, self.experience, self.round_index, received, trainable, kept)
             self.call("on_client_start", task)
             yield task
 

@@ -1,9 +1,10 @@
-"""What travels between server and clients, and its size."""
+"""What travels between server and clients, its size, and how tensors get into and out of the resident model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,9 @@ class ClientTask:
         client_id: The client's name in the data module.
         experience: Index of the task of a sequence; 0 in a plain run.
         round_index: 0-based round.
-        received: The global tensors it downloads, by exact parameter name.
-        trainable_names: The exact parameter names it trains, all of them among `received`.
+        received: The tensors it downloads, by exact parameter name.
+        trainable_names: The exact parameter names it trains.
+        kept: What it kept to itself when it took part before; empty at first. Does not travel.
     """
 
     client_id: str
@@ -23,6 +25,7 @@ class ClientTask:
     round_index: int
     received: Mapping[str, Tensor]
     trainable_names: tuple[str, ...]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,28 @@ class Update:
         tensors: The trained tensors by exact parameter name.
         samples: Number of samples really seen, counted in the training step.
         metrics: Scalars, for example the mean training ``loss`` and the measured ``seconds``.
+        kept: What the client keeps to itself for the next time. Does not travel.
     """
 
     client_id: str
     tensors: Mapping[str, Tensor]
     samples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def payload_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the exact size of tensors on the wire, in bytes, without any envelope."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy values into the model's parameters of these exact names; the parameters stay the same objects."""
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)
+
+
+def copy_tensors(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return copies of the model's parameters of these exact names."""
+    return {name: model.get_parameter(name).detach().clone() for name in names}

@@ -76,11 +76,19 @@ def toy_loop(folder: Path, *, rounds: int = 2, cohort: Any = "all", seed: int = 
     model = changes.pop("model", None) or tiny_llama()
     data = changes.pop("data", None) or ToyData()
     trainer = {"accelerator": "cpu", "max_steps": 3, "max_epochs": -1, **changes.pop("trainer", {})}
+    algorithm = changes.pop("algorithm", None) or BlockExpansion([0, 2])
     engine = InProcessEngine(
-        model, data, changes.pop("optimizer", adamw), changes.pop("schedule", Schedule()), rounds, trainer, seed
+        model,
+        algorithm,
+        data,
+        changes.pop("optimizer", adamw),
+        changes.pop("schedule", Schedule()),
+        rounds,
+        trainer,
+        seed,
     )
     return FederatedLoop(
-        model=model, tokenizer=None, algorithm=changes.pop("algorithm", BlockExpansion([0, 2])), data=data,
+        model=model, tokenizer=None, algorithm=algorithm, data=data,
         engine=changes.pop("engine", engine), sampler=CohortSampler(cohort, seed),
         folder=RunFolder(folder), rounds=rounds, seed=seed, **changes,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """How updates become the next global state."""
 
-from fedbe.aggregation.mean import HolderMean, check_update
+from fedbe.aggregation.base import Aggregator, check_update
+from fedbe.aggregation.mean import HolderMean
 
-__all__ = ["HolderMean", "check_update"]
+__all__ = ["Aggregator", "HolderMean", "check_update"]

@@ -1,40 +1,12 @@
 """The sample-weighted mean over the clients that trained a tensor, one update in memory at a time."""
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fedbe.errors import UpdateError
+from fedbe.aggregation.base import check_update
 from fedbe.update import Update
-
-
-def check_update(update: Update, state: Mapping[str, Tensor]) -> None:
-    """Refuse an update that must not enter an average.
-
-    Args:
-        update: What a client sent.
-        state: The global tensors it was trained from.
-
-    Raises:
-        UpdateError: The weight is not positive, a name is unknown, or a tensor has another shape or type, or holds a
-            value that is not finite; the message names the client and the tensor.
-    """
-    who = f"client {update.client_id!r}"
-    if not (math.isfinite(update.samples) and update.samples > 0):
-        raise UpdateError(f"{who} reports {update.samples} samples: a weight must be positive")
-    for name, tensor in update.tensors.items():
-        if name not in state:
-            raise UpdateError(f"{who} sent {name!r}, which is not a trainable tensor of this run")
-        expected = state[name]
-        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-            raise UpdateError(
-                f"{who} sent {name!r} as {tuple(tensor.shape)} {tensor.dtype}, "
-                f"expected {tuple(expected.shape)} {expected.dtype}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise UpdateError(f"{who} sent {name!r} with values that are not finite")
 
 
 class HolderMean:

@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedbe.aggregation import HolderMean
+from fedbe.aggregation import Aggregator, HolderMean
 from fedbe.data import Batch
 from fedbe.errors import Problem
 from fedbe.expansion import ExportReport
+from fedbe.update import ClientTask, copy_tensors, load_tensors
 
 
 class Algorithm(ABC):
@@ -49,7 +50,24 @@ class Algorithm(ABC):
         """Return the units that each client of the cohort trains this round; by default all of them."""
         return dict.fromkeys(cohort, tuple(self.units()))
 
-    def aggregator(self, state: Mapping[str, Tensor]) -> HolderMean:
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Exact names of all parameters that make up the global state; by default those that train."""
+        return self.trainable_names
+
+    def send(self, state: Mapping[str, Tensor], client_id: str) -> Mapping[str, Tensor]:
+        """Return what a client downloads at the start of its round; by default the whole global state."""
+        return state
+
+    def begin(self, model: PreTrainedModel, task: ClientTask) -> None:
+        """Load what a client received, and what it kept, into the resident model; runs where the client is."""
+        load_tensors(model, task.received)
+
+    def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Return what a trained client sends, and what it keeps; runs where the client is."""
+        return copy_tensors(model, task.trainable_names), {}
+
+    def aggregator(self, state: Mapping[str, Tensor]) -> Aggregator:
         """Return a fresh aggregator for one round, starting from the global tensors `state`."""
         return HolderMean(state)
 

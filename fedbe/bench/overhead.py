@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fedbe.callback import FederatedCallback
-from fedbe.client import load_tensors
 from fedbe.engines import InProcessEngine
 from fedbe.expansion import freeze, set_training_modes
 from fedbe.loop import FederatedLoop
 from fedbe.models import forward_options
 from fedbe.seeding import derive_seed, generator, isolated_rng
-from fedbe.update import ClientTask, Update
+from fedbe.update import ClientTask, Update, copy_tensors
 
 T = TypeVar("T")
 
@@ -102,7 +101,7 @@ def bare_client(engine: InProcessEngine, task: ClientTask) -> dict[str, Tensor]:
     """Take a client's local steps with nothing but PyTorch and return the tensors it trained."""
     model, steps, clip = engine.model, engine.trainer["max_steps"], engine.trainer.get("gradient_clip_val")
     who = ("client", task.experience, task.round_index, task.client_id)
-    load_tensors(model, task.received)
+    engine.algorithm.begin(model, task)
     freeze(model, task.trainable_names)
     set_training_modes(model, task.trainable_names)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -120,7 +119,7 @@ def bare_client(engine: InProcessEngine, task: ClientTask) -> dict[str, Tensor]:
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             schedule.step()
-    return {name: model.get_parameter(name).detach().clone() for name in task.trainable_names}
+    return copy_tensors(model, task.trainable_names)
 
 
 def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:

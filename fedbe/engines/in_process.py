@@ -9,7 +9,8 @@ from typing import Any
 import lightning as L
 from transformers import PreTrainedModel
 
-from fedbe.client import ClientModule, OptimizerFactory, Schedule, load_tensors
+from fedbe.algorithms.base import Algorithm
+from fedbe.client import ClientModule, OptimizerFactory, Schedule
 from fedbe.data import FederatedDataModule
 from fedbe.seeding import derive_seed, generator, isolated_rng
 from fedbe.update import ClientTask, Update
@@ -28,6 +29,7 @@ class InProcessEngine:
 
     Attributes:
         model: The one resident model.
+        algorithm: How a client starts from what it received, and what it sends.
         data: Where a client's batches come from.
         optimizer: Builds each client's optimizer; its state lasts for one round.
         schedule: The learning-rate schedule.
@@ -37,6 +39,7 @@ class InProcessEngine:
     """
 
     model: PreTrainedModel
+    algorithm: Algorithm
     data: FederatedDataModule
     optimizer: OptimizerFactory
     schedule: Schedule
@@ -53,7 +56,7 @@ class InProcessEngine:
         """Train one client and return what it sends."""
         started = time.perf_counter()
         who = ("client", task.experience, task.round_index, task.client_id)
-        load_tensors(self.model, task.received)
+        self.algorithm.begin(self.model, task)
         client = ClientModule(
             self.model,
             task.trainable_names,
@@ -64,4 +67,5 @@ class InProcessEngine:
         with isolated_rng(derive_seed(self.seed, "modules", *who)):
             L.Trainer(**QUIET, **copy.deepcopy(dict(self.trainer))).fit(client, batches)
         metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
-        return Update(task.client_id, client.trained_tensors(), client.samples_seen, metrics)
+        sent, kept = self.algorithm.finish(self.model, task)
+        return Update(task.client_id, sent, client.samples_seen, metrics, kept)
