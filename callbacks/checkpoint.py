@@ -26,20 +26,20 @@ class CheckpointCallback(FederatedCallback):
         self.every_n_rounds = every_n_rounds
 
     def on_round_written(self, loop: FederatedLoop) -> None:
-        """Save the global tensors and the loop's state in one file, and put it in the place of the one before."""
+        """Save the tensors and the loop's state in one file, and put it in the place of the one before."""
         if loop.progress.completed % self.every_n_rounds == 0:
             save_checkpoint(loop.folder.checkpoints / LAST, loop)
 
 
 def save_checkpoint(path: Path, loop: FederatedLoop) -> None:
-    """Write the loop's global tensors, and its `state_dict` as JSON in the file's header; nothing executable."""
+    """Write the loop's tensors, and its `state_dict` as JSON in the file's header; nothing executable."""
     partial = path.with_suffix(".partial")
-    tensors = {name: tensor.contiguous() for name, tensor in loop.state.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in loop.tensors().items()}
     save_file(tensors, partial, metadata={"loop": json.dumps(loop.state_dict())})
     os.replace(partial, path)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the arguments of `FederatedLoop.load_state_dict` and `FederatedLoop.restore`."""
+    """Return the arguments of `FederatedLoop.load_state_dict` and `FederatedLoop.load_tensors`."""
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["loop"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

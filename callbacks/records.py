@@ -8,7 +8,16 @@ from fedbe.errors import ConfigError, Problem
 Mode = Literal["max", "min"]
 """Whether more or less of a metric is better."""
 
-_SECTIONS = ("downstream", "general", "retention", "delta_ce", "bytes", "simulated_seconds", "wall_seconds")
+_SECTIONS = (
+    "downstream",
+    "personalised",
+    "general",
+    "retention",
+    "delta_ce",
+    "bytes",
+    "simulated_seconds",
+    "wall_seconds",
+)
 _DOWNSTREAM = ("downstream/accuracy", "downstream/loss")
 
 

@@ -16,6 +16,7 @@ from fedbe.data import Batch
 from fedbe.errors import Problem
 from fedbe.expansion import freeze, set_training_modes
 from fedbe.models import forward_options
+from fedbe.objectives import LocalObjective
 
 OptimizerFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
 """Builds an optimizer from parameters; in YAML the ``class_path`` and ``init_args`` of a `torch.optim` class."""
@@ -76,6 +77,7 @@ class ClientModule(L.LightningModule):
         trainable_names: Exact names of the parameters this client trains.
         optimizer: Builds the optimizer over exactly these parameters.
         schedule: Builds the learning-rate scheduler from an optimizer and the number of steps; ``None`` for none.
+        objective: What this client minimises; ``None`` for the model's own loss.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class ClientModule(L.LightningModule):
         trainable_names: tuple[str, ...],
         optimizer: OptimizerFactory,
         schedule: Callable[[Optimizer, int], LambdaLR] | None = None,
+        objective: LocalObjective | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -91,16 +94,27 @@ class ClientModule(L.LightningModule):
         self.samples_seen = 0
         self._optimizer = optimizer
         self._schedule = schedule
+        self._objective = objective or LocalObjective()
         self._losses: list[Tensor] = []
         freeze(model, trainable_names)
         set_training_modes(model, trainable_names)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the model's own loss on one batch and count its samples."""
+        """Return the objective on one batch; count its samples and note the model's own loss."""
         loss: Tensor = self.model(**batch, **forward_options(self.model)).loss
         self.samples_seen += len(next(iter(batch.values())))
         self._losses.append(loss.detach())
-        return loss
+        return self._objective.loss(loss)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients as the trainer says, then let the objective correct them."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._objective.correct_gradients(optimizer.param_groups[0]["lr"])
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over the trained parameters, and the schedule per optimizer step."""

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
+from fedbe.aggregation import Mean, ServerOptimizer
 from fedbe.algorithms import Algorithm, BlockExpansion
 from fedbe.callback import FederatedCallback
 from fedbe.client import OptimizerFactory, Schedule
@@ -17,6 +18,7 @@ from fedbe.data import FederatedDataModule
 from fedbe.errors import ConfigError, Problem
 from fedbe.evaluation.tasks import GeneralTask, check_tasks
 from fedbe.models import BaseModel
+from fedbe.objectives import Objective, Plain
 from fedbe.run_folder import RunFolder
 
 
@@ -32,10 +34,16 @@ class Client:
     Attributes:
         optimizer: A `torch.optim` class by ``class_path``; built anew for each client and round.
         schedule: The learning-rate schedule.
+        objective: What clients minimise: a class of `fedbe.objectives` by ``class_path``.
     """
 
     optimizer: OptimizerFactory = default_optimizer
     schedule: Schedule = field(default_factory=Schedule)
+    objective: Objective = field(default_factory=Plain)
+
+    def check(self) -> list[Problem]:
+        """Return the mistakes in this section."""
+        return self.schedule.check() + self.objective.check(self.optimizer)
 
 
 @dataclass
@@ -46,15 +54,17 @@ class Federation:
         rounds: Number of rounds.
         cohort: Clients in a round: ``all``, a fraction (0.5) or a number (5).
         evaluate_every_n_rounds: Downstream validation every so many rounds, and after the last.
+        server_optimizer: How the mean of the updates moves the global model: a class of `fedbe.aggregation`.
     """
 
     rounds: int = 20
     cohort: int | float | Literal["all"] = "all"
     evaluate_every_n_rounds: int = 1
+    server_optimizer: ServerOptimizer = field(default_factory=Mean)
 
     def check(self, key: str = "federation") -> list[Problem]:
         """Return the mistakes in this section that do not depend on the data."""
-        return [
+        return self.server_optimizer.check(f"{key}.server_optimizer") + [
             Problem(f"{key}.{name}", value, "give 1 or more")
             for name, value in (("rounds", self.rounds), ("evaluate_every_n_rounds", self.evaluate_every_n_rounds))
             if value < 1
@@ -121,6 +131,24 @@ def check_data(data: FederatedDataModule, model: BaseModel | None, seed: int) ->
     return problems + [problem for problem in data.check("data") if problem.key not in known]
 
 
+def check_combination(algorithm: Algorithm, client: Client, federation: Federation) -> list[Problem]:
+    """Return why this algorithm makes no sense with this local objective or this server optimizer."""
+    objective, server, name = client.objective, federation.server_optimizer, type(algorithm).__name__
+    alone = "nothing is aggregated" if not algorithm.aggregates else "clients keep tensors of their own"
+    restarts = f"{name} starts its tensors anew in every round, which leaves nothing to carry over"
+    problems = []
+    if objective.needs_global_model and (algorithm.personalised or not algorithm.aggregates):
+        remedy = f"it needs one global model, and with {name} {alone}: give fedbe.objectives.Plain"
+        problems.append(Problem("client.objective", type(objective).__name__, remedy))
+    elif objective.needs_lasting_tensors and algorithm.restarts:
+        remedy = f"{restarts}: give fedbe.objectives.Plain or FedProx"
+        problems.append(Problem("client.objective", type(objective).__name__, remedy))
+    if not isinstance(server, Mean) and (algorithm.restarts or not algorithm.aggregates):
+        remedy = f"{restarts if algorithm.restarts else f'with {name} {alone}'}: give fedbe.aggregation.Mean"
+        problems.append(Problem("federation.server_optimizer", type(server).__name__, remedy))
+    return problems
+
+
 def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     """Return the mistakes in the sections of a `RunConfig` that are there; ``data`` may be missing.
 
@@ -133,7 +161,8 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
         problems += sections["algorithm"].check(model.depth)
     if "data" in sections:
         problems += check_data(sections["data"], model if not problems else None, sections["seed"])
-    problems += [*sections["client"].schedule.check(), *sections["federation"].check()]
+    problems += [*sections["client"].check(), *sections["federation"].check()]
+    problems += check_combination(sections["algorithm"], sections["client"], sections["federation"])
     problems += check_tasks(sections["general_tasks"], "general_tasks")
     for index, callback in enumerate(sections["callbacks"]):
         problems += callback.check(f"callbacks[{index}]")

@@ -95,6 +95,14 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         """Return the test batches, in order."""
         return self._eval_dataloader(self.test_dataset())
 
+    def client_val_dataloader(self, client_id: str) -> DataLoader[Any]:
+        """Return the batches on which one client's own model is compared; by default those of the downstream task."""
+        return self.val_dataloader()
+
+    def client_test_dataloader(self, client_id: str) -> DataLoader[Any]:
+        """Return the batches on which one client's own model is scored; by default those of the downstream task."""
+        return self.test_dataloader()
+
     def _eval_dataloader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         # A DataLoader without a generator of its own draws from the global one, even when it does not shuffle.
         own = torch.Generator()

@@ -17,9 +17,11 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from transformers.utils.logging import disable_progress_bar
 
+from fedbe.algorithms import PooledData
 from fedbe.callback import FederatedCallback
-from fedbe.cohort import CohortSampler
+from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.config import RunConfig
+from fedbe.data import FederatedDataModule
 from fedbe.engines import InProcessEngine
 from fedbe.engines.in_process import QUIET
 from fedbe.errors import ConfigError, Problem
@@ -64,10 +66,11 @@ def build(run: RunConfig, trainer: Mapping[str, Any], config: Mapping[str, Any])
     """
     quiet_libraries()
     options = trainer_options(trainer)
-    problems = run.check() + check_trainer(options)
+    problems = run.check() + check_trainer(options) + check_pooling(run, options)
     if problems:
         raise ConfigError(*problems)
     connect_data(run)
+    data, options = pool(run, options)
     processor = run.model.processor
     with isolated_rng(derive_seed(run.seed, "new head")):
         model = run.model.load(run.data.num_labels, getattr(processor, "pad_token_id", None))
@@ -76,22 +79,25 @@ def build(run: RunConfig, trainer: Mapping[str, Any], config: Mapping[str, Any])
     engine = InProcessEngine(
         model,
         run.algorithm,
-        run.data,
+        data,
         run.client.optimizer,
         run.client.schedule,
         run.federation.rounds,
         options,
         run.seed,
+        run.client.objective,
     )
     return FederatedLoop(
         model=model,
         tokenizer=processor,
         algorithm=run.algorithm,
-        data=run.data,
+        data=data,
         engine=engine,
-        sampler=CohortSampler(run.federation.cohort, run.seed),
+        sampler=CohortSampler("all" if run.algorithm.pooled else run.federation.cohort, run.seed),
         folder=folder,
         rounds=run.federation.rounds,
+        server_optimizer=run.federation.server_optimizer,
+        objective=run.client.objective,
         evaluate_every_n_rounds=run.federation.evaluate_every_n_rounds,
         general_tasks=run.general_tasks,
         callbacks=with_standard_callbacks(run.callbacks),
@@ -112,6 +118,25 @@ def connect_data(run: RunConfig) -> None:
     problems = run.federation.check_cohort(len(run.data.client_ids))
     if problems:
         raise ConfigError(*problems)
+
+
+def pool(run: RunConfig, options: dict[str, Any]) -> tuple[FederatedDataModule, dict[str, Any]]:
+    """Return the data and the clients' trainer options; of a pooled run one client and the whole cohort's steps."""
+    if not run.algorithm.pooled:
+        return run.data, options
+    cohort = cohort_count(run.federation.cohort, len(run.data.client_ids))
+    steps = options.get("max_steps", -1)
+    return PooledData(run.data), options | ({"max_steps": steps * cohort} if steps > 0 else {})
+
+
+def check_pooling(run: RunConfig, options: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem when a pooled run would not take as many steps as a cohort."""
+    counted = options.get("max_steps", -1) > 0
+    whole_epochs = run.federation.cohort == "all" and not {"max_time", "limit_train_batches"} & options.keys()
+    if not run.algorithm.pooled or counted or whole_epochs:
+        return []
+    remedy = f"{type(run.algorithm).__name__} takes as many steps as a cohort does: say how many each client takes"
+    return [Problem("trainer.max_steps", options.get("max_steps"), remedy)]
 
 
 def trainer_options(trainer: Mapping[str, Any]) -> dict[str, Any]:

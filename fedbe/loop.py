@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -17,15 +17,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 import fedbe
+from fedbe.aggregation import Mean, ServerOptimizer
 from fedbe.algorithms.base import Algorithm
 from fedbe.callback import FederatedCallback
 from fedbe.cohort import CohortSampler
 from fedbe.data import FederatedDataModule
 from fedbe.engines.base import Engine
 from fedbe.evaluation.downstream import evaluate_downstream
+from fedbe.evaluation.personalised import summarise_clients
 from fedbe.evaluation.tasks import GeneralTask
+from fedbe.objectives import Objective
 from fedbe.run_folder import RunFolder
-from fedbe.update import ClientTask, copy_tensors, load_tensors
+from fedbe.update import ClientTask, Update, copy_tensors, load_tensors
 
 
 @dataclass
@@ -56,6 +59,8 @@ class FederatedLoop:
         sampler: Which clients take part in a round.
         folder: The run's folder on disk.
         rounds: Number of rounds.
+        server_optimizer: How the mean of the updates moves the global tensors.
+        objective: What clients minimise, here its part on the server; the engine has the same object.
         evaluate_every_n_rounds: Downstream validation every so many rounds, and always after the last.
         general_tasks: What the base model could do before; scored by the retention callback.
         callbacks: Called in this order at every hook.
@@ -64,6 +69,7 @@ class FederatedLoop:
         config: The resolved configuration, for the folder and for loggers.
         state: The global tensors by exact parameter name.
         kept: What each client keeps to itself between its rounds, by its name.
+        objective_kept: What each client's local objective keeps, by the client's name.
         record: The line of `metrics.jsonl` that the round under way is writing.
         history: The records of completed rounds; the first is round 0, the base model.
         summary: What `summary.json` will hold.
@@ -79,6 +85,8 @@ class FederatedLoop:
     sampler: CohortSampler
     folder: RunFolder
     rounds: int
+    server_optimizer: ServerOptimizer = field(default_factory=Mean)
+    objective: Objective = field(default_factory=Objective)
     evaluate_every_n_rounds: int = 1
     general_tasks: Sequence[GeneralTask] = ()
     callbacks: Sequence[FederatedCallback] = ()
@@ -90,6 +98,7 @@ class FederatedLoop:
     progress: Progress = field(default_factory=Progress)
     state: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    objective_kept: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -136,16 +145,19 @@ class FederatedLoop:
         for task in self.general_tasks:
             task.prepare(self.model, self.tokenizer, self.seed)
         inputs = next(iter(self.data.val_dataloader()))
+        self.algorithm.seed = self.seed
         # Two samples are enough to compare outputs on, and the logits of a whole batch may be gigabytes.
         self.algorithm.prepare(self.model, {name: x[:2].to(self.model.device) for name, x in inputs.items()})
         self.state = copy_tensors(self.model, self.algorithm.state_names)
+        trained = set(self.algorithm.trainable_names)
+        self.objective.setup({n: t for n, t in self.state.items() if n in trained}, len(self.data.client_ids))
 
     def on_run_start(self) -> None:
         """Create the run's folder and score the base model on all that is measured, as round 0."""
         self.folder.create(self.config)
         self.summary["downstream_base"] = self._downstream(self.data.test_dataloader())
         self.record = self._new_record(0, {})
-        self.record["downstream"] = self._downstream(self.data.val_dataloader())
+        self._score_round()
         self.call("on_run_start")
         self._write_record()
 
@@ -158,7 +170,7 @@ class FederatedLoop:
         self.call("on_round_start")
         self._train(allocation)
         if self.progress.started % self.evaluate_every_n_rounds == 0 or self.progress.started == self.rounds:
-            self.record["downstream"] = self._downstream(self.data.val_dataloader())
+            self._score_round()
         self.call("on_round_end")
         self.progress.completed += 1
         self._write_record()
@@ -172,6 +184,7 @@ class FederatedLoop:
             "rounds": self.progress.completed,
             "stop_reason": self.stop_reason,
             "downstream": self._downstream(self.data.test_dataloader()),
+            "personalised": self._personalised(self.data.client_test_dataloader),
             "trainable_parameters": sum(tensor.numel() for tensor in self.state.values()),
         }
         self.call("on_run_end")
@@ -191,8 +204,35 @@ class FederatedLoop:
         self.state = dict(state)
         load_tensors(self.model, self.state)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that it takes to continue: the global ones by name, the others by ``owner/…/name``."""
+        return {
+            **self.state,
+            **{f"server_optimizer/{name}": t for name, t in self.server_optimizer.state_dict().items()},
+            **{f"objective/{name}": t for name, t in self.objective.state_dict().items()},
+            **{f"kept/{who}/{name}": t for who, kept in self.kept.items() for name, t in kept.items()},
+            **{
+                f"objective_kept/{who}/{name}": t
+                for who, kept in self.objective_kept.items()
+                for name, t in kept.items()
+            },
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from `tensors`; called after `setup`."""
+        owned: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            owner, _, name = key.rpartition("/")
+            owned.setdefault(owner, {})[name] = tensor
+        self.server_optimizer.load_state_dict(owned.pop("server_optimizer", {}))
+        self.objective.load_state_dict(owned.pop("objective", {}))
+        self.restore(owned.pop("", {}))
+        for owner, named in owned.items():
+            kind, _, client_id = owner.partition("/")
+            (self.kept if kind == "kept" else self.objective_kept)[client_id] = named
+
     def state_dict(self) -> dict[str, Any]:
-        """Return all but the global tensors (`state`) that it takes to continue, as plain JSON values."""
+        """Return all but the tensors (`tensors`) that it takes to continue, as plain JSON values."""
         return {
             "experience": self.experience,
             "progress": asdict(self.progress),
@@ -200,17 +240,19 @@ class FederatedLoop:
             "summary": self.summary,
             "stop_reason": self.stop_reason,
             "simulated_seconds": self.simulated_seconds,
+            "algorithm": self.algorithm.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`; the global tensors come through `restore`."""
+        """Continue from a `state_dict`; its tensors come through `load_tensors`."""
         self.experience = state["experience"]
         self.progress = Progress(**state["progress"])
         self.history = list(state["history"])
         self.summary = dict(state["summary"])
         self.stop_reason = state["stop_reason"]
         self.simulated_seconds = state["simulated_seconds"]
+        self.algorithm.load_state_dict(state["algorithm"])
         for callback, callback_state in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(callback_state)
 
@@ -226,33 +268,52 @@ class FederatedLoop:
 
     def _train(self, allocation: Mapping[str, tuple[str, ...]]) -> None:
         aggregator = self.algorithm.aggregator(self.state)
-        slowest = 0.0
+        slowest, trained = 0.0, set[str]()
         for task, update in self.engine.train(self._tasks(allocation)):
             self.call("on_client_end", task, update)
             aggregator.add(update)
-            if update.kept:
-                self.kept[update.client_id] = update.kept
+            self.objective.receive(update)
+            self._keep(update)
+            trained.update(update.tensors)
             slowest = max(slowest, update.metrics["seconds"])
         self.simulated_seconds += slowest
-        new_state = aggregator.result()
+        new_state = self.server_optimizer.step(self.state, aggregator.result(), trained)
+        self.objective.step()
         self.call("on_aggregate", new_state)
         self.restore(new_state)
+
+    def _keep(self, update: Update) -> None:
+        if update.kept:
+            self.kept[update.client_id] = update.kept
+        if update.objective_kept:
+            self.objective_kept[update.client_id] = update.objective_kept
 
     def _tasks(self, allocation: Mapping[str, tuple[str, ...]]) -> Iterator[ClientTask]:
         units = self.algorithm.units()
         for client_id, names in allocation.items():
             trainable = tuple(name for unit in names for name in units[unit])
-            received = self.algorithm.send(self.state, client_id)
-            kept = self.kept.get(client_id, {})
-            task = ClientTask(client_id, self.experience, self.round_index, received, trainable, kept)
+            task = self._task(client_id, trainable)
             self.call("on_client_start", task)
             yield task
+
+    def _task(self, client_id: str, trainable: tuple[str, ...]) -> ClientTask:
+        return ClientTask(
+            client_id,
+            self.experience,
+            self.round_index,
+            self.algorithm.send(self.state, client_id),
+            trainable,
+            self.kept.get(client_id, {}),
+            self.objective.send(trainable),
+            self.objective_kept.get(client_id, {}),
+        )
 
     def _new_record(self, round_number: int, allocation: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
         return {
             "round": round_number,
             "experience": self.experience,
             "downstream": None,
+            "personalised": None,
             "general": None,
             "retention": None,
             "delta_ce": None,
@@ -270,6 +331,23 @@ class FederatedLoop:
         self.history.append(self.record)
         self.folder.append_metrics(self.record)
         self.call("on_round_written")
+
+    def _score_round(self) -> None:
+        self.record["downstream"] = self._downstream(self.data.val_dataloader())
+        self.record["personalised"] = self._personalised(self.data.client_val_dataloader)
+
+    def _personalised(self, batches: Callable[[str], DataLoader[Any]]) -> dict[str, float] | None:
+        """Score each client's own model, then put the resident model back as it was."""
+        if not self.algorithm.personalised:
+            return None
+        names = self.algorithm.trainable_names
+        before = copy_tensors(self.model, {*names, *self.algorithm.state_names})
+        scores = []
+        for client_id in self.data.client_ids:
+            self.algorithm.begin(self.model, self._task(client_id, names))
+            scores.append(evaluate_downstream(self.model, batches(client_id), self.model.device))
+        load_tensors(self.model, before)
+        return summarise_clients(scores)
 
     def _downstream(self, batches: DataLoader[Any]) -> dict[str, float]:
         score = evaluate_downstream(self.model, batches, self.model.device)

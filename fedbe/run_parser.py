@@ -34,7 +34,12 @@ def run_parser(command: str, description: str | None = None, skip: frozenset[str
     parser = ArgumentParser(prog=f"fedbe {command}", description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file; given again, the later one counts.")
     parser.add_class_arguments(RunConfig, skip=set(skip))
-    parser.set_defaults({"algorithm": {"class_path": "fedbe.algorithms.BlockExpansion"}})
+    defaults = {
+        "algorithm": "fedbe.algorithms.BlockExpansion",
+        "client.objective": "fedbe.objectives.Plain",
+        "federation.server_optimizer": "fedbe.aggregation.Mean",
+    }
+    parser.set_defaults({key: {"class_path": path} for key, path in defaults.items()})
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=SET_BY_ENGINE)
     if command == "partition":
         parser.add_argument("--plot", type=Path, default=Path("partition.png"), help="Where the picture goes.")

@@ -18,6 +18,8 @@ class ClientTask:
         received: The tensors it downloads, by exact parameter name.
         trainable_names: The exact parameter names it trains.
         kept: What it kept to itself when it took part before; empty at first. Does not travel.
+        extra: What it downloads besides for its local objective, for example control variates.
+        objective_kept: What its local objective kept when it took part before. Does not travel.
     """
 
     client_id: str
@@ -26,6 +28,8 @@ class ClientTask:
     received: Mapping[str, Tensor]
     trainable_names: tuple[str, ...]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    objective_kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Update:
         samples: Number of samples really seen, counted in the training step.
         metrics: Scalars, for example the mean training ``loss`` and the measured ``seconds``.
         kept: What the client keeps to itself for the next time. Does not travel.
+        extra: What it sends besides for its local objective.
+        objective_kept: What its local objective keeps for the next time. Does not travel.
     """
 
     client_id: str
@@ -45,6 +51,8 @@ class Update:
     samples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    objective_kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def payload_bytes(tensors: Iterable[Tensor]) -> int:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,20 @@ class Algorithm(ABC):
 
     Subclass it in a file of your own and name it by ``class_path`` under ``algorithm:``. Defaults: each client of the
     cohort trains everything trainable, and the server takes the holders' sample-weighted mean.
+
+    Attributes:
+        personalised: Whether each client has a model of its own, made from what it receives and what it keeps.
+        restarts: Whether what clients train starts anew in every round, so that nothing can be carried over.
+        aggregates: Whether what clients train becomes part of a global model at all.
+        pooled: Whether one client trains on the data of all.
+        seed: The run's seed, set before `prepare`.
     """
+
+    personalised: bool = False
+    restarts: bool = False
+    aggregates: bool = True
+    pooled: bool = False
+    seed: int = 0
 
     def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
         """Return the mistakes in this configuration for a base model of `depth` blocks, found before work starts."""
@@ -70,6 +84,14 @@ class Algorithm(ABC):
     def aggregator(self, state: Mapping[str, Tensor]) -> Aggregator:
         """Return a fresh aggregator for one round, starting from the global tensors `state`."""
         return HolderMean(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the server knows beyond the global state and needs to continue, as plain JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        return None
 
     @abstractmethod
     def export(

@@ -40,15 +40,7 @@ class BlockExpansion(Algorithm):
 
     def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
         """Return a problem when `positions` does not fit a base model of `depth` blocks."""
-        key = f"{key}.init_args.positions"
-        if isinstance(self.positions, int):
-            if 1 <= self.positions <= depth:
-                return []
-            return [Problem(key, self.positions, f"a number of blocks lies between 1 and the depth, {depth}")]
-        if self.positions and all(0 <= position < depth for position in self.positions):
-            return []
-        remedy = f"give at least one position, each from 0 to {depth - 1}: the base model has {depth} blocks"
-        return [Problem(key, self.positions, remedy)]
+        return check_positions(self.positions, depth, f"{key}.init_args.positions")
 
     def prepare(self, model: PreTrainedModel, inputs: Batch) -> None:
         """Insert the blocks and verify on `inputs` that no output changed."""
@@ -75,3 +67,15 @@ class BlockExpansion(Algorithm):
     ) -> ExportReport:
         """Write the expanded model, with `fedbe.json` beside it so that its dial can be turned later."""
         return save_model(model, self.expansion, directory, tokenizer)
+
+
+def check_positions(positions: list[int] | int, depth: int, key: str) -> list[Problem]:
+    """Return a problem when these blocks, or so many, are not among `depth` blocks."""
+    if isinstance(positions, int):
+        if 1 <= positions <= depth:
+            return []
+        return [Problem(key, positions, f"a number of blocks lies between 1 and the depth, {depth}")]
+    if positions and all(0 <= position < depth for position in positions):
+        return []
+    remedy = f"give at least one block, each from 0 to {depth - 1}: the base model has {depth} blocks"
+    return [Problem(key, positions, remedy)]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fedbe.algorithms.base import Algorithm
 from fedbe.client import ClientModule, OptimizerFactory, Schedule
 from fedbe.data import FederatedDataModule
+from fedbe.objectives import Objective
 from fedbe.seeding import derive_seed, generator, isolated_rng
 from fedbe.update import ClientTask, Update
 
@@ -36,6 +37,7 @@ class InProcessEngine:
         rounds: Number of rounds, for schedules that span the run.
         trainer: Arguments of each client's `L.Trainer`, copied for each: no callback's state passes between clients.
         seed: The run's seed; each client has its own generator derived from it, the experience, the round and its name.
+        objective: What clients minimise.
     """
 
     model: PreTrainedModel
@@ -46,6 +48,7 @@ class InProcessEngine:
     rounds: int
     trainer: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    objective: Objective = field(default_factory=Objective)
 
     def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Update]]:
         """Yield each task with its update."""
@@ -57,15 +60,18 @@ class InProcessEngine:
         started = time.perf_counter()
         who = ("client", task.experience, task.round_index, task.client_id)
         self.algorithm.begin(self.model, task)
+        objective = self.objective.local(self.model, task.trainable_names, task.extra, task.objective_kept)
         client = ClientModule(
             self.model,
             task.trainable_names,
             self.optimizer,
             lambda optimizer, steps: self.schedule.build(optimizer, task.round_index, self.rounds, steps),
+            objective,
         )
         batches = self.data.client_dataloader(task.client_id, generator(self.seed, "batches", *who))
         with isolated_rng(derive_seed(self.seed, "modules", *who)):
             L.Trainer(**QUIET, **copy.deepcopy(dict(self.trainer))).fit(client, batches)
         metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
+        extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
-        return Update(task.client_id, sent, client.samples_seen, metrics, kept)
+        return Update(task.client_id, sent, client.samples_seen, metrics, kept, extra, objective_kept)

@@ -9,13 +9,14 @@ from fedbe.expansion.expand import (
     scale_blocks,
     without_blocks,
 )
-from fedbe.expansion.export import ExportReport, load, read_expansion, rescale, save_model
+from fedbe.expansion.export import ExportReport, load, read_expansion, rescale, save_model, save_plain
 from fedbe.expansion.freezing import (
     base_tensor_names,
     block_parameter_names,
     freeze,
     head_parameter_names,
     set_training_modes,
+    stack_parameter_names,
 )
 from fedbe.expansion.identity import IdentityRule
 
@@ -35,7 +36,9 @@ __all__ = [
     "rescale",
     "resolve_positions",
     "save_model",
+    "save_plain",
     "scale_blocks",
     "set_training_modes",
+    "stack_parameter_names",
     "without_blocks",
 ]

@@ -96,6 +96,29 @@ def save_model(
     return ExportReport(obstacle is None, reason, target)
 
 
+def save_plain(
+    model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> ExportReport:
+    """Write a model whose architecture is still the base model's as a Hugging Face checkpoint, whole or not at all.
+
+    Args:
+        model: The model.
+        directory: Where to write: a new or empty folder.
+        tokenizer: Saved along.
+
+    Raises:
+        ConfigError: If the directory holds something.
+    """
+    target = _empty_target(directory)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    os.replace(partial, target)
+    return ExportReport(True, f"{_auto_class(model)}.from_pretrained loads the whole model.", target)
+
+
 def load(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Return the expanded model that `save_model` wrote, of either kind.
 

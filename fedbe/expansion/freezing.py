@@ -21,6 +21,15 @@ def block_parameter_names(model: PreTrainedModel, expansion: Expansion) -> dict[
     return {ordinal: _names_of(model, block.parameters()) for ordinal, block in enumerate(blocks)}
 
 
+def stack_parameter_names(model: PreTrainedModel) -> tuple[tuple[str, ...], ...]:
+    """Return the exact parameter names of each block of a model, bottom first.
+
+    Raises:
+        ExpansionError: If the model has no one stack of like blocks.
+    """
+    return tuple(_names_of(model, block.parameters()) for block in find_blocks(model).blocks)
+
+
 def head_parameter_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the parameter names of a task head: those outside the base model; none for a language-model head."""
     if not _has_task_head(model):

@@ -1,0 +1,168 @@
+"""Carries out the runs of a comparison: several at a time, each in a process of its own, none of them twice."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from fedbe.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison.
+
+    Attributes:
+        arm: The arm it belongs to.
+        learning_rate: Its learning rate.
+        seed: Its seed.
+        config: Its configuration.
+        folder: Where it goes; configuration and log stand beside it.
+    """
+
+    arm: str
+    learning_rate: float
+    seed: int
+    config: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration that the run is started with."""
+        return self.folder.with_name(f"{self.folder.name}.yaml")
+
+    @property
+    def log(self) -> Path:
+        """What the run prints."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has been run to its end with just this configuration."""
+        try:
+            json.loads(RunFolder(self.folder).summary.read_text(encoding="utf-8"))
+            before = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return False
+        return bool(before == self.config)
+
+    def __str__(self) -> str:
+        return f"{self.arm}, learning rate {self.learning_rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not come to its end.
+
+    Attributes:
+        job: The run.
+        code: Exit code of its process.
+    """
+
+    job: Job
+    code: int
+
+
+class Running(Protocol):
+    """A run under way; `subprocess.Popen` is one."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, or ``None`` while it runs."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        ...
+
+    def wait(self) -> int:
+        """Wait for its end and return the exit code."""
+        ...
+
+
+Start = Callable[[Job, int], Running]
+"""Starts a job, given how many may run at a time."""
+
+
+def start_process(job: Job, parallel: int) -> "subprocess.Popen[bytes]":
+    """Start a run in a process of its own, which prints into the job's log.
+
+    Args:
+        job: The run.
+        parallel: Runs at a time; more than one get one thread each, as they would hinder each other.
+    """
+    command = [sys.executable, "-m", "fedbe.comparison.single_run", "fit"]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if parallel > 1 else {}
+    with job.log.open("wb") as log:
+        return subprocess.Popen(
+            [*command, f"--config={job.config_file}", f"--output={job.folder}"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | threads,
+        )
+
+
+def carry_out(
+    jobs: Sequence[Job], parallel: int, start: Start = start_process, say: Callable[[str], None] = print
+) -> list[Failure]:
+    """Run the jobs that are not finished yet, and return those that failed; a failure does not end the rest.
+
+    Args:
+        jobs: The runs, in the order to start them.
+        parallel: Runs at a time.
+        start: Starts a run.
+        say: Tells what goes on, a line at a time.
+    """
+    waiting = [job for job in jobs if not job.finished]
+    if len(waiting) < len(jobs):
+        say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
+    failures = []
+    for number, (job, code, seconds) in enumerate(_ends(waiting, parallel, start), 1):
+        failed = code != 0 or not job.finished
+        outcome = f"FAILED with exit code {code}, see {job.log}" if failed else f"{seconds:.0f} s"
+        say(f"[{number}/{len(waiting)}] {job}: {outcome}")
+        failures += [Failure(job, code)] if failed else []
+    return failures
+
+
+def _ends(jobs: Sequence[Job], parallel: int, start: Start) -> Iterator[tuple[Job, int, float]]:
+    """Start the jobs, at most `parallel` at a time, and yield each with exit code and seconds when it ends."""
+    waiting = list(jobs)
+    running: dict[int, tuple[Job, Running, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                next_job = waiting.pop(0)
+                _make_room(next_job)
+                running[id(next_job)] = (next_job, start(next_job, parallel), time.perf_counter())
+            for key, (job, process, began) in list(running.items()):
+                code = process.poll()
+                if code is not None:
+                    del running[key]
+                    yield job, code, time.perf_counter() - began
+            if running:
+                time.sleep(0.05)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+            process.wait()
+
+
+def _make_room(job: Job) -> None:
+    """Set aside what an interrupted run, or one of another configuration, left, and write the configuration."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    if job.folder.exists():
+        aside = job.folder.parent / "set_aside"
+        aside.mkdir(exist_ok=True)
+        place = RunFolder.next_free(aside, job.folder.name)
+        for source in (job.folder, job.config_file, job.log):
+            if source.exists():
+                source.rename(aside / source.name.replace(job.folder.name, place.name, 1))
+    job.config_file.write_text(yaml.safe_dump(dict(job.config), sort_keys=False), encoding="utf-8")
