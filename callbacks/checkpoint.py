@@ -2,17 +2,20 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedbe.callback import FederatedCallback
+from fedbe.errors import Problem
+from fedbe.evaluation.tasks import check_at_least
 from fedbe.loop import FederatedLoop
 
 LAST = "last.safetensors"
+_GLOBAL, _KEPT, _SEPARATOR = "global/", "kept/", "\x1f"
 
 
 class CheckpointCallback(FederatedCallback):
@@ -25,21 +28,36 @@ class CheckpointCallback(FederatedCallback):
     def __init__(self, every_n_rounds: int = 1) -> None:
         self.every_n_rounds = every_n_rounds
 
+    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
+        """Return what is wrong with the number."""
+        return check_at_least(key, 1, every_n_rounds=self.every_n_rounds)
+
     def on_round_written(self, loop: FederatedLoop) -> None:
         """Save the global tensors and the loop's state in one file, and put it in the place of the one before."""
-        if loop.progress.completed % self.every_n_rounds == 0:
+        if loop.progress.completed % self.every_n_rounds == 0 or loop.done:
             save_checkpoint(loop.folder.checkpoints / LAST, loop)
 
 
 def save_checkpoint(path: Path, loop: FederatedLoop) -> None:
-    """Write the loop's global tensors, and its `state_dict` as JSON in the file's header; nothing executable."""
+    """Write the global tensors, what clients keep, and the `state_dict` as JSON in the header; nothing executable."""
     partial = path.with_suffix(".partial")
-    tensors = {name: tensor.contiguous() for name, tensor in loop.state.items()}
+    tensors = {f"{_GLOBAL}{name}": tensor.contiguous() for name, tensor in loop.state.items()}
+    for client, kept in loop.kept.items():
+        tensors |= {f"{_KEPT}{client}{_SEPARATOR}{name}": tensor.contiguous() for name, tensor in kept.items()}
     save_file(tensors, partial, metadata={"loop": json.dumps(loop.state_dict())})
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the arguments of `FederatedLoop.load_state_dict` and `FederatedLoop.restore`."""
+def load_checkpoint(path: Path, loop: FederatedLoop) -> None:
+    """Put a loop that was set up from the same configuration where the one that wrote the checkpoint was."""
+    state: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["loop"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        loop.load_state_dict(json.loads(file.metadata()["loop"]))
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)
+            if name.startswith(_GLOBAL):
+                state[name.removeprefix(_GLOBAL)] = tensor
+            else:
+                client, _, parameter = name.removeprefix(_KEPT).partition(_SEPARATOR)
+                loop.kept.setdefault(client, {})[parameter] = tensor
+    loop.restore(state)

@@ -22,6 +22,7 @@ from fedbe.callback import FederatedCallback
 from fedbe.cohort import CohortSampler
 from fedbe.data import FederatedDataModule
 from fedbe.engines.base import Engine
+from fedbe.errors import UpdateError
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.evaluation.tasks import GeneralTask
 from fedbe.run_folder import RunFolder
@@ -89,7 +90,7 @@ class FederatedLoop:
     experience: int = 0
     progress: Progress = field(default_factory=Progress)
     state: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -117,9 +118,7 @@ class FederatedLoop:
 
     @property
     def done(self) -> bool:
-        """Whether to stop; sets `stop_reason` when the last round has been reached."""
-        if self.stop_reason is None and self.progress.completed >= self.rounds:
-            self.stop(f"all {self.rounds} rounds are done")
+        """Whether the last round has been run; `stop_reason` says why it was the last."""
         return self.stop_reason is not None
 
     def stop(self, reason: str) -> None:
@@ -161,6 +160,8 @@ class FederatedLoop:
             self.record["downstream"] = self._downstream(self.data.val_dataloader())
         self.call("on_round_end")
         self.progress.completed += 1
+        if self.progress.completed >= self.rounds:
+            self.stop(f"all {self.rounds} rounds are done")
         self._write_record()
 
     def on_run_end(self) -> None:
@@ -192,7 +193,7 @@ class FederatedLoop:
         load_tensors(self.model, self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all but the global tensors (`state`) that it takes to continue, as plain JSON values."""
+        """Return all but the tensors (`state`, `kept`) that it takes to continue, as plain JSON values."""
         return {
             "experience": self.experience,
             "progress": asdict(self.progress),
@@ -204,7 +205,7 @@ class FederatedLoop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`; the global tensors come through `restore`."""
+        """Continue from a `state_dict`; the global tensors come through `restore`, and `kept` is set."""
         self.experience = state["experience"]
         self.progress = Progress(**state["progress"])
         self.history = list(state["history"])
@@ -229,10 +230,12 @@ class FederatedLoop:
         slowest = 0.0
         for task, update in self.engine.train(self._tasks(allocation)):
             self.call("on_client_end", task, update)
+            if not update.tensors and not update.kept:
+                raise UpdateError(f"client {update.client_id!r} neither sent nor kept a tensor")
             aggregator.add(update)
             if update.kept:
-                self.kept[update.client_id] = update.kept
-            slowest = max(slowest, update.metrics["seconds"])
+                self.kept[update.client_id] = dict(update.kept)
+            slowest = max(slowest, update.metrics.get("seconds", 0.0))
         self.simulated_seconds += slowest
         new_state = aggregator.result()
         self.call("on_aggregate", new_state)
@@ -272,7 +275,7 @@ class FederatedLoop:
         self.call("on_round_written")
 
     def _downstream(self, batches: DataLoader[Any]) -> dict[str, float]:
-        score = evaluate_downstream(self.model, batches, self.model.device)
+        score = evaluate_downstream(self.model, batches)
         return {"accuracy": score.accuracy, "loss": score.loss}
 
 

@@ -27,6 +27,11 @@ class ClientTask:
     trainable_names: tuple[str, ...]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def purpose(self) -> tuple[str | int, ...]:
+        """What this client's random numbers of this round are derived from, beside the seed."""
+        return "client", self.experience, self.round_index, self.client_id
+
 
 @dataclass(frozen=True)
 class Update:

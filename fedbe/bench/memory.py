@@ -78,8 +78,8 @@ def _run(arguments: list[str], clients: int) -> MemoryUse:
             "--data.init_args.partitioner=fedbe.datamodules.IIDPartitioner",
             f"--data.init_args.partitioner.clients={clients}",
         ]
-        run, trainer, config = read_run(run_parser("fit"), [*arguments, *dealt, f"--output={folder}/run"])
-        loop = build(run, trainer, config)
+        run, config = read_run(run_parser("fit"), [*arguments, *dealt, f"--output={folder}/run"])
+        loop = build(run, config)
         loop.callbacks = [*loop.callbacks, gauge]
         loop.run()
     return MemoryUse(clients, peak_rss_bytes(), tuple(gauge.by_round))
