@@ -112,8 +112,10 @@ class ClientModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_end(self) -> None:
-        """Free the gradients of the last step."""
+        """Free gradients and optimizer state now, and not when the Trainer's reference cycles are collected."""
         self.zero_grad(set_to_none=True)
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     @property
     def mean_loss(self) -> float:

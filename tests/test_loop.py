@@ -84,34 +84,38 @@ def test_training_learns_and_frozen_tensors_stay_to_the_bit(tmp_path):
     assert summary["downstream"]["loss"] < summary["downstream_base"]["loss"] - 0.05
 
 
-class GradientSpy(L.Callback):
-    """Notes the names that have a gradient when the optimizer steps; shared by the copies that clients get."""
+class TrainingSpy(L.Callback):
+    """Notes which parameters have a gradient at a step, and optimizer state at the end; one for all clients."""
 
-    def __init__(self, names):
-        self.names = names
+    def __init__(self):
+        self.with_gradient, self.with_state = set(), set()
 
     def __deepcopy__(self, memo):
         return self
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.names |= {name for name, p in pl_module.model.named_parameters() if p.grad is not None}
+        self.with_gradient |= {name for name, p in pl_module.model.named_parameters() if p.grad is not None}
+
+    def on_train_end(self, trainer, pl_module):
+        state = trainer.optimizers[0].state
+        self.with_state |= {name for name, p in pl_module.model.named_parameters() if p in state}
 
 
 def test_no_frozen_parameter_has_a_gradient_or_optimizer_state(tmp_path):
-    seen, names = [], set()
+    seen, training = [], TrainingSpy()
 
     def spy(parameters):
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         seen.append(optimizer)
         return optimizer
 
-    loop = toy_loop(tmp_path / "run", rounds=1, optimizer=spy, trainer={"callbacks": [GradientSpy(names)]})
+    loop = toy_loop(tmp_path / "run", rounds=1, optimizer=spy, trainer={"callbacks": [training]})
     loop.run()
-    assert names == set(loop.algorithm.trainable_names)
+    assert training.with_gradient == training.with_state == set(loop.algorithm.trainable_names)
     trainable = {id(loop.model.get_parameter(name)) for name in loop.algorithm.trainable_names}
     for optimizer in seen:
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trainable
-        assert {id(p) for p in optimizer.state} <= trainable
+        assert not optimizer.state, "kept until the garbage collector comes"
     assert all(parameter.grad is None for parameter in loop.model.parameters())
 
 

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from fedbe.bench.display import without_display
 from fedbe.callback import FederatedCallback
 from fedbe.engines import InProcessEngine
 from fedbe.errors import ConfigError, Problem
@@ -77,7 +78,7 @@ class _Recorder(FederatedCallback):
 def measure_overhead(loop: FederatedLoop, rounds: int) -> Overhead:
     """Run rounds of `loop` and, after each, its clients' local steps again in a bare PyTorch loop.
 
-    The standard callbacks are left out; what they cost is theirs.
+    The run's callbacks work as always, but for the display.
 
     Args:
         loop: Ready to run, with more rounds than `rounds` + 1 and no evaluation among them.
@@ -87,7 +88,7 @@ def measure_overhead(loop: FederatedLoop, rounds: int) -> Overhead:
         ConfigError: The clients' trainer does what the bare loop does not.
     """
     recorder = _Recorder()
-    loop.callbacks = [recorder]
+    loop.callbacks = [*without_display(loop), recorder]
     engine = comparable_engine(loop)
     loop.setup()
     loop.on_run_start()
@@ -114,7 +115,7 @@ def comparable_engine(loop: FederatedLoop) -> InProcessEngine:
         raise ConfigError(Problem("engine", type(loop.engine).__name__, "only the in-process engine is measured"))
     known = {"accelerator", "devices", "max_steps", "gradient_clip_val", "precision"}
     neutral = {"fast_dev_run": False, "enable_autolog_hparams": True, "strategy": "auto", "num_nodes": 1}
-    neutral |= {"accumulate_grad_batches": 1, "precision": "32-true"}
+    neutral |= {"accumulate_grad_batches": 1, "precision": "32-true", "max_epochs": -1}
     defaults = {name: item.default for name, item in inspect.signature(L.Trainer).parameters.items()} | neutral
     odd = {
         name: value
