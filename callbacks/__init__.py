@@ -6,10 +6,10 @@ from fedbe.callbacks.convergence import ConvergenceCallback
 from fedbe.callbacks.logging import LoggingCallback
 from fedbe.callbacks.plots import PlotCallback
 from fedbe.callbacks.progress import ProgressCallback
-from fedbe.callbacks.records import metric_value
 from fedbe.callbacks.report import summary_table
 from fedbe.callbacks.retention import RetentionCallback
 from fedbe.callbacks.stopping import EarlyStopping, KeepBest
+from fedbe.records import metric_value
 
 __all__ = [
     "CheckpointCallback",

@@ -2,14 +2,15 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fedbe.callback import FederatedCallback
+from fedbe.errors import Problem
+from fedbe.evaluation.tasks import check_at_least
 from fedbe.loop import FederatedLoop
 
 LAST = "last.safetensors"
@@ -25,9 +26,13 @@ class CheckpointCallback(FederatedCallback):
     def __init__(self, every_n_rounds: int = 1) -> None:
         self.every_n_rounds = every_n_rounds
 
+    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
+        """Return what is wrong with the number."""
+        return check_at_least(key, 1, every_n_rounds=self.every_n_rounds)
+
     def on_round_written(self, loop: FederatedLoop) -> None:
-        """Save the tensors and the loop's state in one file, and put it in the place of the one before."""
-        if loop.progress.completed % self.every_n_rounds == 0:
+        """Save the global tensors and the loop's state in one file, and put it in the place of the one before."""
+        if loop.progress.completed % self.every_n_rounds == 0 or loop.done:
             save_checkpoint(loop.folder.checkpoints / LAST, loop)
 
 
@@ -39,7 +44,8 @@ def save_checkpoint(path: Path, loop: FederatedLoop) -> None:
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the arguments of `FederatedLoop.load_state_dict` and `FederatedLoop.load_tensors`."""
+def load_checkpoint(path: Path, loop: FederatedLoop) -> None:
+    """Put a loop that was set up from the same configuration where the one that wrote the checkpoint was."""
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["loop"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        loop.load_state_dict(json.loads(file.metadata()["loop"]))
+        loop.load_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

@@ -1,5 +1,6 @@
 """How quickly a run learns its downstream task."""
 
+from collections.abc import Collection
 from dataclasses import asdict
 
 from fedbe.callback import FederatedCallback
@@ -23,7 +24,7 @@ class ConvergenceCallback(FederatedCallback):
     def __init__(self, target: float | None = None) -> None:
         self.target = target
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
         """Return what is wrong with the target."""
         if self.target is not None and not 0 < self.target <= 1:
             return [Problem(f"{key}.target", self.target, "an accuracy is above 0 and at most 1.")]

@@ -1,15 +1,15 @@
 """The run on a dashboard: Weights & Biases, or any other logger of Lightning."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
 from fedbe.callback import FederatedCallback
-from fedbe.callbacks.records import flatten
 from fedbe.errors import Problem
 from fedbe.evaluation.tasks import check_at_least
 from fedbe.loop import FederatedLoop
+from fedbe.records import flatten
 from fedbe.update import ClientTask, Update
 
 
@@ -31,7 +31,7 @@ class LoggingCallback(FederatedCallback):
         self._defined: set[str] = set()
         self._open = False
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
         """Return what is wrong with the number."""
         return check_at_least(key, 0, max_clients=self.max_clients)
 

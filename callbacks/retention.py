@@ -1,6 +1,7 @@
 """What the model keeps of its general ability."""
 
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -23,7 +24,7 @@ class RetentionCallback(FederatedCallback):
     def __init__(self, every_n_rounds: int = 1) -> None:
         self.every_n_rounds = every_n_rounds
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
         """Return what is wrong with the number."""
         return check_at_least(key, 1, every_n_rounds=self.every_n_rounds)
 

@@ -2,16 +2,16 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from fedbe.callback import FederatedCallback
-from fedbe.callbacks.records import Mode, better, check_monitor, metric_value
 from fedbe.errors import Problem
 from fedbe.evaluation.tasks import check_at_least
 from fedbe.loop import FederatedLoop
+from fedbe.records import Mode, better, check_monitor, metric_value
 
 _BEST = "best.safetensors"
 
@@ -58,10 +58,10 @@ class EarlyStopping(FederatedCallback):
         self.min_delta = min_delta
         self.target = target
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
         """Return what is wrong with the metric's name or the numbers."""
         return [
-            *check_monitor(key, self.monitor, self.mode),
+            *check_monitor(key, self.monitor, self.mode, metrics),
             *check_at_least(key, 1, patience=self.patience),
             *check_at_least(key, 0, min_delta=self.min_delta),
         ]
@@ -105,9 +105,9 @@ class KeepBest(FederatedCallback):
         self.value: float | None = None
         self.round: int | None = None
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
         """Return what is wrong with the metric's name."""
-        return check_monitor(key, self.monitor, self.mode)
+        return check_monitor(key, self.monitor, self.mode, metrics)
 
     def on_round_written(self, loop: FederatedLoop) -> None:
         """Save the tensors if this round is the best so far; the first of equal ones stays.

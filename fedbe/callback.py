@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,8 +21,13 @@ class FederatedCallback:
     ``trainer.callbacks``.
     """
 
-    def check(self, key: str) -> list[Problem]:
-        """Return the mistakes in this callback's configuration, found before work starts."""
+    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
+        """Return the mistakes in this callback's configuration, found before work starts.
+
+        Args:
+            key: Dotted key of its arguments.
+            metrics: Paths of the metrics that the run records, for example ``downstream/accuracy``.
+        """
         return []
 
     def on_run_start(self, loop: FederatedLoop) -> None:

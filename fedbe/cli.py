@@ -45,7 +45,7 @@ def usage() -> str:
 def explain(error: ConfigError) -> str:
     """Return every problem of a configuration, a line each."""
     count = len(error.problems)
-    head = f"fedbe: {count} mistake{'s' if count > 1 else ''}; nothing was started or written"
+    head = f"fedbe: {count} mistake{'s' if count > 1 else ''} in the input"
     return "\n".join([head, *(f"  - {problem}" for problem in error.problems)])
 
 
@@ -54,8 +54,8 @@ def fit_command(arguments: Sequence[str]) -> None:
     from fedbe.fit import fit
 
     parser = run_parser("fit", fit_command.__doc__)
-    run, trainer, config = read_run(parser, arguments)
-    fit(run, trainer, config)
+    run, config = read_run(parser, arguments)
+    fit(run, config)
 
 
 def compare_command(arguments: Sequence[str]) -> None:
@@ -105,15 +105,18 @@ def partition_command(arguments: Sequence[str]) -> None:
     from fedbe.datamodules.report import describe_partition, plot_partition, print_partition
     from fedbe.fit import connect_data
 
-    run, _, config = read_run(run_parser("partition", partition_command.__doc__), arguments)
+    run, config = read_run(run_parser("partition", partition_command.__doc__), arguments)
+    picture = Path(config["plot"])
     problems = [problem for problem in run.check() if problem.key != "output"]
+    if not picture.absolute().parent.is_dir():
+        problems.append(Problem("plot", str(picture), "there is no such folder to put the picture into"))
     if problems:
         raise ConfigError(*problems)
     connect_data(run)
     shares = describe_partition(run.data)
     print_partition(shares, Console())
-    plot_partition(shares, Path(config["plot"]))
-    print(f"picture: {config['plot']}")
+    plot_partition(shares, picture)
+    print(f"picture: {picture}")
 
 
 def export_command(arguments: Sequence[str]) -> None:
@@ -156,21 +159,15 @@ def bench_overhead(arguments: Sequence[str]) -> None:
     from tempfile import TemporaryDirectory
 
     from fedbe.bench.overhead import measure_overhead
-    from fedbe.engines import InProcessEngine
     from fedbe.fit import build
 
     parser = bench_parser("overhead", bench_overhead.__doc__, rounds=10)
     options = parse(parser, arguments)
     with TemporaryDirectory() as folder:
-        settings = [f"--federation.rounds={options.rounds + 2}", f"--output={folder}/run"]
+        settings = [f"--federation.rounds={options.rounds + 2}", f"--output={folder}/run", "--logger=none"]
         quiet = ["--federation.evaluate_every_n_rounds=1000000", "--general_tasks=[]"]
-        run, trainer, config = read_run(
-            run_parser("fit", fit_command.__doc__), [f"--config={options.config}", *settings, *quiet]
-        )
-        loop = build(run, trainer, config)
-        if not isinstance(loop.engine, InProcessEngine):
-            raise ConfigError(Problem("engine", type(loop.engine).__name__, "only the in-process engine is measured"))
-        print(measure_overhead(loop, loop.engine, options.rounds))
+        run, config = read_run(run_parser("fit"), [f"--config={options.config}", *settings, *quiet])
+        print(measure_overhead(build(run, config), options.rounds))
 
 
 def bench_memory(arguments: Sequence[str]) -> None:
@@ -180,7 +177,11 @@ def bench_memory(arguments: Sequence[str]) -> None:
     parser = bench_parser("memory", bench_memory.__doc__, rounds=50)
     parser.add_argument("--clients", type=list[int], default=[5, 50], help="Numbers of clients; the first is the base.")
     options = parse(parser, arguments)
-    settings = ["--federation.cohort=5", f"--federation.rounds={options.rounds}", "--logger=none"]
+    if options.rounds < 5:
+        raise ConfigError(Problem("rounds", options.rounds, "give 5 or more: growth is judged by fifths of the run"))
+    # What a step or a general task costs is the same for any number of clients, and would hide what clients cost.
+    settings = [f"--federation.rounds={options.rounds}", "--federation.cohort=5", "--trainer.max_steps=2"]
+    settings += ["--general_tasks=[]", "--logger=none"]
     results = [measure_memory([f"--config={options.config}", *settings], clients) for clients in options.clients]
     for result in results:
         print(result)

@@ -121,12 +121,15 @@ class ClientModule(L.LightningModule):
         optimizer = self._optimizer([p for p in self.model.parameters() if p.requires_grad])
         if self._schedule is None:
             return optimizer
-        scheduler = self._schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches  # infinite where only time is limited
+        scheduler = self._schedule(optimizer, int(steps) if math.isfinite(steps) else 0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_end(self) -> None:
-        """Free the gradients of the last step."""
+        """Free gradients and optimizer state now, and not when the Trainer's reference cycles are collected."""
         self.zero_grad(set_to_none=True)
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     @property
     def mean_loss(self) -> float:

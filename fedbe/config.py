@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,9 @@ from fedbe.errors import ConfigError, Problem
 from fedbe.evaluation.tasks import GeneralTask, check_tasks
 from fedbe.models import BaseModel
 from fedbe.objectives import Objective, Plain
+from fedbe.records import metric_paths
 from fedbe.run_folder import RunFolder
+from fedbe.trainer import check_trainer, trainer_options
 
 
 def default_optimizer(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
@@ -41,9 +44,16 @@ class Client:
     schedule: Schedule = field(default_factory=Schedule)
     objective: Objective = field(default_factory=Plain)
 
-    def check(self) -> list[Problem]:
-        """Return the mistakes in this section."""
-        return self.schedule.check() + self.objective.check(self.optimizer)
+    def check(self, key: str = "client") -> list[Problem]:
+        """Return the mistakes in this section; the optimizer is built once to see whether it can be."""
+        problems = self.schedule.check(f"{key}.schedule")
+        try:
+            self.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:
+            arguments = getattr(self.optimizer, "keywords", {})
+            given = {name: value for name, value in arguments.items() if f"{value}" in str(error)} or arguments
+            return [*problems, Problem(f"{key}.optimizer", given, f"cannot be built: {error}")]
+        return problems + self.objective.check(self.optimizer)
 
 
 @dataclass
@@ -64,11 +74,13 @@ class Federation:
 
     def check(self, key: str = "federation") -> list[Problem]:
         """Return the mistakes in this section that do not depend on the data."""
-        return self.server_optimizer.check(f"{key}.server_optimizer") + [
-            Problem(f"{key}.{name}", value, "give 1 or more")
-            for name, value in (("rounds", self.rounds), ("evaluate_every_n_rounds", self.evaluate_every_n_rounds))
-            if value < 1
-        ]
+        problems = self.server_optimizer.check(f"{key}.server_optimizer")
+        counts = {"rounds": self.rounds, "evaluate_every_n_rounds": self.evaluate_every_n_rounds}
+        problems += [Problem(f"{key}.{name}", value, "give 1 or more") for name, value in counts.items() if value < 1]
+        if self.cohort != "all" and (self.cohort <= 0 or (isinstance(self.cohort, float) and self.cohort > 1)):
+            remedy = "give `all`, a fraction in (0, 1], or a whole number of clients, 1 or more"
+            problems.append(Problem(f"{key}.cohort", self.cohort, remedy))
+        return problems
 
     def check_cohort(self, clients: int, key: str = "federation") -> list[Problem]:
         """Return a problem when the cohort does not fit this number of clients."""
@@ -94,6 +106,7 @@ class RunConfig:
         federation: Rounds and cohorts.
         general_tasks: What the base model could do, scored before and after to see what was kept.
         callbacks: Added to the standard ones; one of a standard class takes that one's place.
+        trainer: Arguments of each client's `L.Trainer`; loggers, checkpoints and progress bars are the run's.
         logger: ``wandb`` (offline unless a key is present), ``csv``, ``tensorboard``, ``none``, or a Lightning logger.
     """
 
@@ -107,6 +120,7 @@ class RunConfig:
     federation: Federation = field(default_factory=Federation)
     general_tasks: Sequence[GeneralTask] = ()
     callbacks: Sequence[FederatedCallback] = ()
+    trainer: Mapping[str, Any] = field(default_factory=dict)
     logger: Literal["wandb", "csv", "tensorboard", "none"] | Logger = "wandb"
 
     @property
@@ -128,7 +142,14 @@ def check_data(data: FederatedDataModule, model: BaseModel | None, seed: int) ->
         except ConfigError as error:
             problems = list(error.problems)
     known = {problem.key for problem in problems}
-    return problems + [problem for problem in data.check("data") if problem.key not in known]
+    problems += [problem for problem in data.check("data") if problem.key not in known]
+    if model is None or problems:
+        return problems
+    classes, wants = data.num_labels, model.task.endswith("classification")
+    if wants != (classes is not None):
+        remedy = f"the data has {'no' if classes is None else classes} classes: choose the task that fits it"
+        return [Problem("model.task", model.task, remedy)]
+    return []
 
 
 def check_combination(algorithm: Algorithm, client: Client, federation: Federation) -> list[Problem]:
@@ -149,6 +170,16 @@ def check_combination(algorithm: Algorithm, client: Client, federation: Federati
     return problems
 
 
+def check_pooling(algorithm: Algorithm, federation: Federation, options: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem when a pooled run would not take as many steps as a cohort."""
+    counted = options.get("max_steps", -1) > 0
+    whole_epochs = federation.cohort == "all" and not {"max_time", "limit_train_batches"} & options.keys()
+    if not algorithm.pooled or counted or whole_epochs:
+        return []
+    remedy = f"{type(algorithm).__name__} takes as many steps as a cohort does: say how many each client takes"
+    return [Problem("trainer.max_steps", options.get("max_steps"), remedy)]
+
+
 def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     """Return the mistakes in the sections of a `RunConfig` that are there; ``data`` may be missing.
 
@@ -156,15 +187,22 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
         sections: The attributes of a `RunConfig` by name.
     """
     model: BaseModel = sections["model"]
+    client: Client = sections["client"]
     problems = model.check()
     if not problems:
         problems += sections["algorithm"].check(model.depth)
     if "data" in sections:
         problems += check_data(sections["data"], model if not problems else None, sections["seed"])
-    problems += [*sections["client"].check(), *sections["federation"].check()]
-    problems += check_combination(sections["algorithm"], sections["client"], sections["federation"])
+    problems += [*client.check(), *sections["federation"].check()]
+    problems += check_combination(sections["algorithm"], client, sections["federation"])
+    options = trainer_options(sections["trainer"])
+    problems += check_trainer(options, model.dtype, client.schedule.name)
+    problems += check_pooling(sections["algorithm"], sections["federation"], options)
     problems += check_tasks(sections["general_tasks"], "general_tasks")
+    metrics = metric_paths([task.name for task in sections["general_tasks"]])
     for index, callback in enumerate(sections["callbacks"]):
-        problems += callback.check(f"callbacks[{index}]")
+        problems += callback.check(f"callbacks[{index}].init_args", metrics)
+    if sections["logger"] == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        problems.append(Problem("logger", "tensorboard", "is not installed: pip install 'fedbe[tensorboard]'"))
     folder_problem = sections["output"] and RunFolder.problem(sections["output"])
     return problems + ([folder_problem] if folder_problem else [])

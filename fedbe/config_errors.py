@@ -33,8 +33,15 @@ def read_raw(arguments: Sequence[str]) -> Raw:
     for word in words:
         key, separator, value = word.removeprefix("--").partition("=")
         text = value if separator else next(words, "")
-        merge(raw, _read_file(Path(text)) if key == "config" else nest(key, yaml.safe_load(text)))
+        merge(raw, _read_file(Path(text)) if key == "config" else nest(key, _as_yaml(text)))
     return raw
+
+
+def _as_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _read_file(path: Path) -> Raw:
@@ -159,9 +166,12 @@ def _unknown_remedy(parser: ArgumentParser, raw: Raw, path: Sequence[str | int])
 def known_keys(parser: ArgumentParser, raw: Raw, path: Sequence[str | int]) -> list[str]:
     """Return the keys that may stand where the last step of `path` does."""
     if len(path) > 1 and path[-2] == "init_args":
-        name = look_up(raw, path[:-2]).get("class_path", "")
-        module, _, attribute = name.rpartition(".")
-        return list(inspect.signature(getattr(importlib.import_module(module), attribute)).parameters)
+        given = look_up(raw, path[:-2]).get("class_path", "")
+        module, _, attribute = given.rpartition(".")
+        try:
+            return list(inspect.signature(getattr(importlib.import_module(module), attribute)).parameters)
+        except (ImportError, ValueError, AttributeError):  # a short name, which only the parser can resolve
+            return []
     prefix = dotted([*path[:-1], ""])
     keys = [key.removeprefix(prefix) for key, _ in parser.get_defaults().items() if key.startswith(prefix)]
     return sorted({key.split(".")[0] for key in keys})

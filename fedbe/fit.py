@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import lightning as L
 import torch
-import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,11 +22,11 @@ from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.config import RunConfig
 from fedbe.data import FederatedDataModule
 from fedbe.engines import InProcessEngine
-from fedbe.engines.in_process import QUIET
-from fedbe.errors import ConfigError, Problem
+from fedbe.errors import ConfigError
 from fedbe.loop import FederatedLoop
 from fedbe.run_folder import RunFolder
 from fedbe.seeding import derive_seed, isolated_rng
+from fedbe.trainer import QUIET, trainer_options
 
 STANDARD_CALLBACKS = (
     "RetentionCallback",
@@ -41,32 +40,31 @@ STANDARD_CALLBACKS = (
 """Classes of `fedbe.callbacks` that every run has, named here so that the framework does not import them."""
 
 
-def fit(run: RunConfig, trainer: Mapping[str, Any], config: Mapping[str, Any]) -> RunFolder:
+def fit(run: RunConfig, config: Mapping[str, Any]) -> RunFolder:
     """Run one federation from its configuration and return its folder.
 
     Args:
         run: The configuration, its classes instantiated.
-        trainer: Arguments of the clients' `L.Trainer`.
         config: The resolved configuration, kept in the folder and shown by loggers.
 
     Raises:
         ConfigError: The configuration cannot run; nothing was written then.
         UpdateError: A client sent nothing usable.
     """
-    loop = build(run, trainer, config)
+    loop = build(run, config)
     loop.run()
     return loop.folder
 
 
-def build(run: RunConfig, trainer: Mapping[str, Any], config: Mapping[str, Any]) -> FederatedLoop:
+def build(run: RunConfig, config: Mapping[str, Any]) -> FederatedLoop:
     """Check everything, load data and model, and return the loop ready to run; nothing is written yet.
 
     Raises:
         ConfigError: The configuration cannot run; it carries every mistake found.
     """
     quiet_libraries()
-    options = trainer_options(trainer)
-    problems = run.check() + check_trainer(options) + check_pooling(run, options)
+    options = trainer_options(run.trainer)
+    problems = run.check()
     if problems:
         raise ConfigError(*problems)
     connect_data(run)
@@ -129,33 +127,6 @@ def pool(run: RunConfig, options: dict[str, Any]) -> tuple[FederatedDataModule, 
     return PooledData(run.data), options | ({"max_steps": steps * cohort} if steps > 0 else {})
 
 
-def check_pooling(run: RunConfig, options: Mapping[str, Any]) -> list[Problem]:
-    """Return a problem when a pooled run would not take as many steps as a cohort."""
-    counted = options.get("max_steps", -1) > 0
-    whole_epochs = run.federation.cohort == "all" and not {"max_time", "limit_train_batches"} & options.keys()
-    if not run.algorithm.pooled or counted or whole_epochs:
-        return []
-    remedy = f"{type(run.algorithm).__name__} takes as many steps as a cohort does: say how many each client takes"
-    return [Problem("trainer.max_steps", options.get("max_steps"), remedy)]
-
-
-def trainer_options(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a client's `L.Trainer`: those given, and one epoch where neither steps nor epochs are."""
-    options = {key: value for key, value in trainer.items() if value is not None}
-    if options.get("max_steps", -1) == -1 and "max_time" not in options:
-        options.setdefault("max_epochs", 1)
-    return options
-
-
-def check_trainer(options: Mapping[str, Any]) -> list[Problem]:
-    """Return what keeps an `L.Trainer` from being built with these arguments."""
-    try:
-        L.Trainer(**QUIET, **options)
-    except Exception as error:  # Lightning raises several kinds, none of them its own
-        return [Problem("trainer", dict(options), f"{type(error).__name__}: {error}")]
-    return []
-
-
 def with_standard_callbacks(given: Sequence[FederatedCallback]) -> list[FederatedCallback]:
     """Return the standard callbacks and those given, which replace standard ones of the same class."""
     module = importlib.import_module("fedbe.callbacks")
@@ -169,6 +140,8 @@ def with_standard_callbacks(given: Sequence[FederatedCallback]) -> list[Federate
 def build_logger(run: RunConfig, folder: RunFolder) -> Logger | None:
     """Return the logger that the configuration names; W&B stays offline unless a key is present."""
     if run.logger == "wandb":
+        import wandb  # here, so that runs without it do not wait for its import
+
         quiet = wandb.Settings(silent=True, console="off")
         return WandbLogger(run.name, str(folder.path), offline=not wandb_online(), project="fedbe", settings=quiet)
     if run.logger == "csv":

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -23,6 +24,7 @@ from fedbe.callback import FederatedCallback
 from fedbe.cohort import CohortSampler
 from fedbe.data import FederatedDataModule
 from fedbe.engines.base import Engine
+from fedbe.errors import UpdateError
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.evaluation.personalised import summarise_clients
 from fedbe.evaluation.tasks import GeneralTask
@@ -126,9 +128,7 @@ class FederatedLoop:
 
     @property
     def done(self) -> bool:
-        """Whether to stop; sets `stop_reason` when the last round has been reached."""
-        if self.stop_reason is None and self.progress.completed >= self.rounds:
-            self.stop(f"all {self.rounds} rounds are done")
+        """Whether the last round has been run; `stop_reason` says why it was the last."""
         return self.stop_reason is not None
 
     def stop(self, reason: str) -> None:
@@ -173,6 +173,8 @@ class FederatedLoop:
             self._score_round()
         self.call("on_round_end")
         self.progress.completed += 1
+        if self.progress.completed >= self.rounds:
+            self.stop(f"all {self.rounds} rounds are done")
         self._write_record()
 
     def on_run_end(self) -> None:
@@ -271,11 +273,13 @@ class FederatedLoop:
         slowest, trained = 0.0, set[str]()
         for task, update in self.engine.train(self._tasks(allocation)):
             self.call("on_client_end", task, update)
+            if not update.tensors and not update.kept:
+                raise UpdateError(f"client {update.client_id!r} neither sent nor kept a tensor")
             aggregator.add(update)
             self.objective.receive(update)
             self._keep(update)
             trained.update(update.tensors)
-            slowest = max(slowest, update.metrics["seconds"])
+            slowest = max(slowest, update.metrics.get("seconds", 0.0))
         self.simulated_seconds += slowest
         new_state = self.server_optimizer.step(self.state, aggregator.result(), trained)
         self.objective.step()
@@ -345,19 +349,28 @@ class FederatedLoop:
         scores = []
         for client_id in self.data.client_ids:
             self.algorithm.begin(self.model, self._task(client_id, names))
-            scores.append(evaluate_downstream(self.model, batches(client_id), self.model.device))
+            scores.append(evaluate_downstream(self.model, batches(client_id)))
         load_tensors(self.model, before)
         return summarise_clients(scores)
 
     def _downstream(self, batches: DataLoader[Any]) -> dict[str, float]:
-        score = evaluate_downstream(self.model, batches, self.model.device)
+        score = evaluate_downstream(self.model, batches)
         return {"accuracy": score.accuracy, "loss": score.loss}
 
 
 def peak_rss_bytes() -> int:
     """Return the largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` says is inherited from the process that started this one
+        return memory_line(status, "VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_line(status: Path, name: str) -> int:
+    """Return one figure of a process's status file under ``/proc``, in bytes."""
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def versions() -> dict[str, str]:

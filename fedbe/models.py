@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -81,9 +82,14 @@ class BaseModel:
     def check(self) -> list[Problem]:
         """Return the mistakes in this section."""
         try:
-            _ = self.config
+            kind = type(self.config)
         except ConfigError as error:
             return list(error.problems)
+        if kind not in _AUTO_CLASSES[self.task]._model_mapping:
+            fitting = [task for task, auto in _AUTO_CLASSES.items() if kind in auto._model_mapping]
+            able = ", ".join(fitting) or "none of the tasks there are"
+            remedy = f"a {self.config.model_type} model can do: {able}"
+            return [Problem("model.task", self.task, remedy)]
         return []
 
     @cached_property
@@ -108,6 +114,9 @@ class BaseModel:
         Args:
             num_labels: Classes of a new classification head; ``None`` keeps what the checkpoint says.
             pad_token_id: Padding id for a classifier whose checkpoint names none.
+
+        Raises:
+            ConfigError: The weights are missing, broken, or of another architecture.
         """
         config = self.config
         new_head = num_labels is not None and num_labels != config.num_labels
@@ -118,9 +127,13 @@ class BaseModel:
         options: dict[str, Any] = {} if self.attention is None else {"attn_implementation": self.attention}
         if new_head:
             options["ignore_mismatched_sizes"] = True
-        model: PreTrainedModel = _AUTO_CLASSES[self.task].from_pretrained(
-            self.path, config=config, dtype=getattr(torch, self.dtype), revision=self.revision, **options
-        )
+        try:
+            model: PreTrainedModel = _AUTO_CLASSES[self.task].from_pretrained(
+                self.path, config=config, dtype=getattr(torch, self.dtype), revision=self.revision, **options
+            )
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+            remedy = f"its weights cannot be loaded: {str(error).strip().splitlines()[0]}"
+            raise ConfigError(Problem("model.name", self.name, remedy)) from error
         model.requires_grad_(False)
         model.train(False)
         if self.gradient_checkpointing:

@@ -1,6 +1,7 @@
 """What a run leaves on disk."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class RunFolder:
         """Create the folder and write the resolved configuration into it.
 
         Raises:
-            ConfigError: It exists and is not empty, or cannot be created.
+            ConfigError: It exists and is not empty, or cannot be created where it is to be.
         """
         problem = self.problem(self.path)
         if problem is not None:
@@ -41,6 +42,9 @@ class RunFolder:
             return Problem("output", str(path), "the folder exists and is not empty: give another, or move it away")
         if path.exists() and not path.is_dir():
             return Problem("output", str(path), "a file stands there: give another folder")
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not path.exists() and not (above.is_dir() and os.access(above, os.W_OK)):
+            return Problem("output", str(path), f"cannot be created: {above} is no folder that can be written to")
         return None
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fedbe.config import RunConfig, check_sections
 from fedbe.config_errors import collect, read_raw
 from fedbe.errors import ConfigError, Problem
 
+LISTS = ("general_tasks", "callbacks")
 SET_BY_ENGINE = {"logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"}
 
 
@@ -33,61 +35,92 @@ def run_parser(command: str, description: str | None = None, skip: frozenset[str
     """
     parser = ArgumentParser(prog=f"fedbe {command}", description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file; given again, the later one counts.")
-    parser.add_class_arguments(RunConfig, skip=set(skip))
+    parser.add_class_arguments(RunConfig, skip={"trainer", *skip})
     defaults = {
         "algorithm": "fedbe.algorithms.BlockExpansion",
         "client.objective": "fedbe.objectives.Plain",
         "federation.server_optimizer": "fedbe.aggregation.Mean",
     }
-    parser.set_defaults({key: {"class_path": path} for key, path in defaults.items()})
-    parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=SET_BY_ENGINE)
+    chosen = {key: {"class_path": path} for key, path in defaults.items() if key.split(".")[0] not in skip}
+    if chosen:
+        parser.set_defaults(chosen)
+    if "trainer" not in skip:
+        parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=SET_BY_ENGINE)
     if command == "partition":
         parser.add_argument("--plot", type=Path, default=Path("partition.png"), help="Where the picture goes.")
     return parser
 
 
-def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfig, dict[str, Any], dict[str, Any]]:
-    """Return the run, the arguments of its clients' `L.Trainer`, and the resolved configuration.
+def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the run and its resolved configuration.
 
     Raises:
         ConfigError: A key, a type or a value does not fit; then with every mistake that can be seen so far.
     """
+    loose = [word for word in arguments if not word.startswith("-") and Path(word).suffix in (".yaml", ".yml")]
+    if loose and "--config" not in arguments[: list(arguments).index(loose[0])][-1:]:
+        raise ConfigError(Problem("command line", loose[0], f"name a configuration with --config {loose[0]}"))
     try:
         namespace = parser.parse_args(list(arguments))
     except ArgumentError as first:
         raise ConfigError(*all_problems(parser, arguments, first)) from first
-    sections, trainer = instantiate(parser, namespace)
-    return RunConfig(**sections), trainer, resolved(parser, namespace)
+    return RunConfig(**instantiate(parser, namespace)), resolved(parser, namespace, arguments)
 
 
 def all_problems(parser: ArgumentParser, arguments: Sequence[str], first: ArgumentError) -> list[Problem]:
     """Return every mistake of keys, types and values, once the parser has found a first."""
-    problems, rest = collect(parser, read_raw(arguments))
+    raw = read_raw(arguments)
+    problems = [problem for section in LISTS for problem in collect_list(raw, section)]
+    found, rest = collect(parser, raw)
+    problems += found
     if not problems:
         return [Problem("command line", " ".join(arguments), " ".join(str(first).split()))]
     if "data" not in rest:
         parser = run_parser("fit", skip=frozenset({"data"}))
     rest.pop("plot", None)
     try:
-        sections, _ = instantiate(parser, parser.parse_object(rest))
-        found = check_sections(sections)
+        found = check_sections(instantiate(parser, parser.parse_object(rest)))
     except ConfigError as error:
         found = list(error.problems)
+    except ArgumentError:  # what is left is no configuration that could be checked further
+        found = []
     known = {problem.key for problem in problems}
     return problems + [problem for problem in found if problem.key not in known]
 
 
-def instantiate(parser: ArgumentParser, namespace: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the objects of each section of `RunConfig`, and the arguments of the clients' `L.Trainer`."""
+def collect_list(raw: dict[str, Any], section: str) -> list[Problem]:
+    """Return the mistakes in each element of a list of classes, and leave in `raw` the list without them."""
+    if not isinstance(raw.get(section), list):
+        return []
+    names = {item.name for item in fields(RunConfig)}
+    parser = run_parser("fit", skip=frozenset(names - {section}))
+    problems, kept = [], []
+    for index, element in enumerate(raw[section]):
+        found, rest = collect(parser, {section: [element]})
+        whole = f"{section}[0]"
+        for problem in found:
+            name = element.get("class_path", element) if isinstance(element, dict) else element
+            value = name if problem.key in (section, whole) else problem.value
+            tail = problem.key.removeprefix(section).removeprefix("[0]")
+            problems.append(Problem(f"{section}[{index}]{tail}", value, problem.remedy))
+        kept += rest.get(section, [])
+    raw[section] = kept
+    return problems
+
+
+def instantiate(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
+    """Return the objects of each section of `RunConfig`."""
     values = parser.instantiate(namespace).as_dict()
-    trainer = values.pop("trainer")
-    return {key: value for key, value in values.items() if key not in ("config", "plot")}, trainer
+    return {key: value for key, value in values.items() if key not in ("config", "plot")}
 
 
-def resolved(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
+def resolved(parser: ArgumentParser, namespace: Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the configuration with every default filled in; it runs again as it is, into a new folder."""
     again = namespace.clone()
     again.output = None
     again.pop("config", None)
-    config: dict[str, Any] = yaml.safe_load(parser.dump(again, skip_unset=False))
+    try:
+        config: dict[str, Any] = yaml.safe_load(parser.dump(again, skip_unset=False))
+    except (ValueError, TypeError):  # an argument that has no form in YAML: keep what the user wrote
+        config = read_raw(arguments) | {"output": None}
     return config

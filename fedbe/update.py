@@ -31,6 +31,11 @@ class ClientTask:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     objective_kept: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def purpose(self) -> tuple[str | int, ...]:
+        """What this client's random numbers of this round are derived from, beside the seed."""
+        return "client", self.experience, self.round_index, self.client_id
+
 
 @dataclass(frozen=True)
 class Update:

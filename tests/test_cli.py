@@ -119,7 +119,11 @@ def test_a_mistake_is_reported_with_key_and_value_before_anything_is_written(con
     spoil(config, key, MISTAKES[key])
     assert run(config, tmp_path) == 2
     output = capsys.readouterr().err
-    assert key.split(".")[-1] in output or next(iter(MISTAKES[key])) in output
+    shown = MISTAKES[key]
+    while isinstance(shown, dict):
+        inner, shown = next(iter(shown.items()))
+        key = f"{key}.{inner}"
+    assert f"- {key.replace('.0.', '[0].')} = {shown!r}" in output
     assert "Traceback" not in output and not (tmp_path / "run").exists()
 
 
@@ -152,6 +156,51 @@ def test_what_only_the_data_shows_is_reported_before_work_too(config, tmp_path, 
     assert run(config, tmp_path) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+TRAINER = {
+    "precision": ("bf16-true", "-mixed"),
+    "devices": (2, "one device"),
+    "max_steps": (0, "1 or more"),
+    "max_epochs": (-1, "never ends"),
+    "limit_train_batches": (0, "nothing to train on"),
+    "accelerator": ("gpux", "gpux"),
+}
+
+
+@pytest.mark.parametrize("key", TRAINER)
+def test_a_trainer_that_cannot_train_a_client_is_refused_before_work(config, tmp_path, capsys, key):
+    value, expected = TRAINER[key]
+    config["trainer"] = {"accelerator": "cpu", **({"max_steps": 2} if key != "max_epochs" else {}), key: value}
+    assert run(config, tmp_path) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_element_of_a_list_is_judged_by_itself(config, tmp_path, capsys):
+    task = config["general_tasks"][0]
+    broken = {**task, "init_args": {**task["init_args"], "max_sequences": "many", "name": "b"}}
+    config["general_tasks"] = [task, {"class_path": "fedbe.evaluation.Nope"}, broken]
+    assert run(config, tmp_path) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+    assert len(lines) == 2
+    assert "general_tasks[1]" in lines[0] and "Nope" in lines[0]
+    assert "general_tasks[2].init_args.max_sequences = 'many'" in lines[1]
+
+
+@pytest.mark.parametrize("monitor", ["downstream/acuracy", "retention/nope", "retention"])
+def test_a_metric_that_is_never_measured_is_refused(config, tmp_path, capsys, monitor):
+    config["callbacks"] = [{"class_path": "fedbe.callbacks.EarlyStopping", "init_args": {"monitor": monitor}}]
+    assert run(config, tmp_path) == 2
+    assert f"callbacks[0].init_args.monitor = {monitor!r}" in capsys.readouterr().err
+
+
+def test_an_optimizer_and_a_task_that_cannot_be_are_refused(config, tmp_path, capsys):
+    spoil(config, "client.optimizer.init_args.lr", -1.0)
+    config["model"] = {"name": "fedbe:micro", "task": "image-classification"}
+    assert run(config, tmp_path) == 2
+    errors = capsys.readouterr().err
+    assert "client.optimizer" in errors and "model.task = 'image-classification'" in errors
 
 
 def test_an_existing_output_folder_is_refused_and_left_alone(config, tmp_path, capsys):

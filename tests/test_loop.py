@@ -1,5 +1,7 @@
+import dataclasses
 import json
 
+import lightning as L
 import pytest
 import torch
 from toy import ToyData, tiny_llama, toy_loop
@@ -9,7 +11,7 @@ from fedbe.algorithms import BlockExpansion
 from fedbe.callback import FederatedCallback
 from fedbe.callbacks import CheckpointCallback, load_checkpoint
 from fedbe.errors import UpdateError
-from fedbe.update import Update
+from fedbe.update import Update, copy_tensors
 
 
 class Recorder(FederatedCallback):
@@ -82,20 +84,38 @@ def test_training_learns_and_frozen_tensors_stay_to_the_bit(tmp_path):
     assert summary["downstream"]["loss"] < summary["downstream_base"]["loss"] - 0.05
 
 
+class TrainingSpy(L.Callback):
+    """Notes which parameters have a gradient at a step, and optimizer state at the end; one for all clients."""
+
+    def __init__(self):
+        self.with_gradient, self.with_state = set(), set()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.with_gradient |= {name for name, p in pl_module.model.named_parameters() if p.grad is not None}
+
+    def on_train_end(self, trainer, pl_module):
+        state = trainer.optimizers[0].state
+        self.with_state |= {name for name, p in pl_module.model.named_parameters() if p in state}
+
+
 def test_no_frozen_parameter_has_a_gradient_or_optimizer_state(tmp_path):
-    seen = []
+    seen, training = [], TrainingSpy()
 
     def spy(parameters):
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         seen.append(optimizer)
         return optimizer
 
-    loop = toy_loop(tmp_path / "run", rounds=1, optimizer=spy)
+    loop = toy_loop(tmp_path / "run", rounds=1, optimizer=spy, trainer={"callbacks": [training]})
     loop.run()
+    assert training.with_gradient == training.with_state == set(loop.algorithm.trainable_names)
     trainable = {id(loop.model.get_parameter(name)) for name in loop.algorithm.trainable_names}
     for optimizer in seen:
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trainable
-        assert {id(p) for p in optimizer.state} <= trainable
+        assert not optimizer.state, "kept until the garbage collector comes"
     assert all(parameter.grad is None for parameter in loop.model.parameters())
 
 
@@ -237,6 +257,51 @@ def test_the_run_folder_holds_records_summary_and_a_plain_model(tmp_path):
         assert torch.equal(model(ids).logits, loop.model.eval()(ids).logits)
 
 
+class KeepsTheUpperBlock(BlockExpansion):
+    """Sends one block and keeps the other."""
+
+    def send(self, state, client_id):
+        return {name: state[name] for name in self.units()["block_0"]}
+
+    def begin(self, model, task):
+        super().begin(model, dataclasses.replace(task, kept={**self.initial, **task.kept}))
+
+    def prepare(self, model, inputs):
+        super().prepare(model, inputs)
+        self.initial = copy_tensors(model, self.units()["block_1"])
+
+    def finish(self, model, task):
+        units = self.units()
+        return copy_tensors(model, units["block_0"]), copy_tensors(model, units["block_1"])
+
+
+def test_what_a_client_keeps_is_its_own_whatever_the_order_and_is_in_the_checkpoint(tmp_path):
+    loops = []
+    for name, order in (("a", [0, 1, 2, 3]), ("b", [3, 1, 0, 2])):
+        algorithm = KeepsTheUpperBlock([0, 2])
+        loop = toy_loop(tmp_path / name, algorithm=algorithm, callbacks=[CheckpointCallback()])
+        loop.engine = ShuffledEngine(loop.engine, order)
+        loop.run()
+        loops.append(loop)
+    assert_same(loops[0].state, loops[1].state)
+    for client in loops[0].data.client_ids:
+        assert_same(loops[0].kept[client], loops[1].kept[client])
+    assert not torch.equal(*(next(iter(loops[0].kept[f"client-{k}"].values())) for k in (0, 1)))
+    again = toy_loop(tmp_path / "c", algorithm=KeepsTheUpperBlock([0, 2]), callbacks=[CheckpointCallback()])
+    again.setup()
+    load_checkpoint(loops[0].folder.checkpoints / "last.safetensors", again)
+    for client, kept in loops[0].kept.items():
+        assert_same(kept, again.kept[client])
+
+
+def test_a_client_without_a_value_to_start_from_is_refused(tmp_path):
+    class Forgetful(KeepsTheUpperBlock):
+        begin = BlockExpansion.begin
+
+    with pytest.raises(ValueError, match=r"client-0.*has no value to start from"):
+        toy_loop(tmp_path / "run", algorithm=Forgetful([0, 2])).run()
+
+
 def test_stop_ends_after_the_round_and_keeps_the_first_reason(tmp_path):
     class Stopper(FederatedCallback):
         def on_round_end(self, loop):
@@ -256,12 +321,10 @@ def test_a_loop_continues_from_its_checkpoint_to_the_same_tensors(tmp_path):
     half.on_run_start()
     half.advance()
     half.advance()
-    state, tensors = load_checkpoint(half.folder.checkpoints / "last.safetensors")
     rest = toy_loop(tmp_path / "c", rounds=4, cohort=2, callbacks=[CheckpointCallback()])
     rest.setup()
     rest.folder.create({})
-    rest.load_state_dict(state)
-    rest.restore(tensors)
+    load_checkpoint(half.folder.checkpoints / "last.safetensors", rest)
     while not rest.done:
         rest.advance()
     assert_same(whole.state, rest.state)

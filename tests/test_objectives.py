@@ -135,14 +135,12 @@ def test_scaffold_continues_from_a_checkpoint_to_the_same_tensors(tmp_path):
     half.on_run_start()
     half.advance()
     half.advance()
-    state, tensors = load_checkpoint(half.folder.checkpoints / "last.safetensors")
     rest = toy_with(
         tmp_path / "c", Scaffold(), rounds=3, cohort=3, server_optimizer=FedAdam(), callbacks=[CheckpointCallback()]
     )
     rest.setup()
     rest.folder.create({})
-    rest.load_state_dict(state)
-    rest.load_tensors(tensors)
+    load_checkpoint(half.folder.checkpoints / "last.safetensors", rest)
     while not rest.done:
         rest.advance()
     first, second = whole.tensors(), rest.tensors()

@@ -74,8 +74,15 @@ class Algorithm(ABC):
         return state
 
     def begin(self, model: PreTrainedModel, task: ClientTask) -> None:
-        """Load what a client received, and what it kept, into the resident model; runs where the client is."""
-        load_tensors(model, task.received)
+        """Load what a client received, and what it kept, into the resident model; runs where the client is.
+
+        Raises:
+            ValueError: A tensor that it trains is in neither, and would be what the client before left behind.
+        """
+        left_behind = set(task.trainable_names) - task.received.keys() - task.kept.keys()
+        if left_behind:
+            raise ValueError(f"client {task.client_id!r} trains {min(left_behind)!r} but has no value to start from")
+        load_tensors(model, {**task.received, **task.kept})
 
     def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Return what a trained client sends, and what it keeps; runs where the client is."""

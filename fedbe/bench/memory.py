@@ -1,14 +1,17 @@
 """What simulated clients cost in memory: peak by number of clients, and growth from round to round."""
 
 import multiprocessing
+import statistics
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fedbe.bench.display import without_display
 from fedbe.callback import FederatedCallback
 from fedbe.fit import build
-from fedbe.loop import FederatedLoop, peak_rss_bytes
+from fedbe.loop import FederatedLoop, memory_line, peak_rss_bytes
 from fedbe.run_parser import read_run, run_parser
 
 MIB = 2**20
@@ -30,14 +33,14 @@ class MemoryUse:
 
     @property
     def growth(self) -> float:
-        """Mean of the last five rounds over the mean of five early ones (the first five are left out)."""
-        early, late = self.by_round[5:10], self.by_round[-5:]
-        return (sum(late) / len(late)) / (sum(early) / len(early))
+        """Median of the last fifth of the rounds over that of the second fifth; the first fifth is warm-up."""
+        fifth = max(1, len(self.by_round) // 5)
+        return statistics.median(self.by_round[-fifth:]) / statistics.median(self.by_round[fifth : 2 * fifth])
 
     def __str__(self) -> str:
         return (
             f"{self.clients:>4} clients: peak {self.peak_bytes / MIB:7.1f} MiB, "
-            f"{len(self.by_round)} rounds, last five over early five {self.growth:.3f}"
+            f"{len(self.by_round)} rounds, last fifth over second fifth {self.growth:.3f}"
         )
 
 
@@ -53,10 +56,7 @@ class _Gauge(FederatedCallback):
 def resident_bytes() -> int:
     """Return the resident memory of this process now, in bytes; on systems without ``/proc`` its peak so far."""
     status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_rss_bytes()
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
+    return memory_line(status, "VmRSS") if status.exists() else peak_rss_bytes()
 
 
 def measure_memory(arguments: Sequence[str], clients: int) -> MemoryUse:
@@ -66,9 +66,8 @@ def measure_memory(arguments: Sequence[str], clients: int) -> MemoryUse:
         arguments: As given to ``fedbe fit``.
         clients: Number of clients; the training data is dealt to them evenly.
     """
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_run, (list(arguments), clients))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_run, list(arguments), clients).result()
 
 
 def _run(arguments: list[str], clients: int) -> MemoryUse:
@@ -78,8 +77,8 @@ def _run(arguments: list[str], clients: int) -> MemoryUse:
             "--data.init_args.partitioner=fedbe.datamodules.IIDPartitioner",
             f"--data.init_args.partitioner.clients={clients}",
         ]
-        run, trainer, config = read_run(run_parser("fit"), [*arguments, *dealt, f"--output={folder}/run"])
-        loop = build(run, trainer, config)
-        loop.callbacks = [*loop.callbacks, gauge]
+        run, config = read_run(run_parser("fit"), [*arguments, *dealt, f"--output={folder}/run"])
+        loop = build(run, config)
+        loop.callbacks = [*without_display(loop), gauge]
         loop.run()
     return MemoryUse(clients, peak_rss_bytes(), tuple(gauge.by_round))

@@ -1,5 +1,6 @@
 """What federation costs: a run's wall time over a bare PyTorch loop that takes the same local steps."""
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -7,15 +8,17 @@ from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from typing import TypeVar
 
+import lightning as L
 import torch
 from torch import Tensor
 
+from fedbe.bench.display import without_display
 from fedbe.callback import FederatedCallback
 from fedbe.engines import InProcessEngine
+from fedbe.errors import ConfigError, Problem
 from fedbe.expansion import freeze, set_training_modes
 from fedbe.loop import FederatedLoop
 from fedbe.models import forward_options
-from fedbe.seeding import derive_seed, generator, isolated_rng
 from fedbe.update import ClientTask, Update, copy_tensors
 
 T = TypeVar("T")
@@ -72,16 +75,21 @@ class _Recorder(FederatedCallback):
         self.updates.append(update)
 
 
-def measure_overhead(loop: FederatedLoop, engine: InProcessEngine, rounds: int) -> Overhead:
+def measure_overhead(loop: FederatedLoop, rounds: int) -> Overhead:
     """Run rounds of `loop` and, after each, its clients' local steps again in a bare PyTorch loop.
+
+    The run's callbacks work as always, but for the display.
 
     Args:
         loop: Ready to run, with more rounds than `rounds` + 1 and no evaluation among them.
-        engine: The loop's engine, whose trainer options name ``max_steps``.
         rounds: Rounds to measure; one more is run first.
+
+    Raises:
+        ConfigError: The clients' trainer does what the bare loop does not.
     """
     recorder = _Recorder()
-    loop.callbacks = [*loop.callbacks, recorder]
+    loop.callbacks = [*without_display(loop), recorder]
+    engine = comparable_engine(loop)
     loop.setup()
     loop.on_run_start()
     federated, bare, differences, runs = [], [], [], 0
@@ -97,20 +105,43 @@ def measure_overhead(loop: FederatedLoop, engine: InProcessEngine, rounds: int) 
     return Overhead(tuple(federated), tuple(bare), runs, max(differences))
 
 
+def comparable_engine(loop: FederatedLoop) -> InProcessEngine:
+    """Return the loop's engine, if the bare loop can take the same steps.
+
+    Raises:
+        ConfigError: It cannot, because of the engine or of an argument of the trainer.
+    """
+    if not isinstance(loop.engine, InProcessEngine):
+        raise ConfigError(Problem("engine", type(loop.engine).__name__, "only the in-process engine is measured"))
+    known = {"accelerator", "devices", "max_steps", "gradient_clip_val", "precision"}
+    neutral = {"fast_dev_run": False, "enable_autolog_hparams": True, "strategy": "auto", "num_nodes": 1}
+    neutral |= {"accumulate_grad_batches": 1, "precision": "32-true", "max_epochs": -1}
+    defaults = {name: item.default for name, item in inspect.signature(L.Trainer).parameters.items()} | neutral
+    odd = {
+        name: value
+        for name, value in loop.engine.trainer.items()
+        if value != defaults.get(name, value) and (name not in known or name == "precision")
+    }
+    if loop.engine.trainer.get("max_steps", -1) < 1:
+        odd["max_steps"] = loop.engine.trainer.get("max_steps")
+    problems = [Problem(f"trainer.{name}", value, "the bare loop does not do this") for name, value in odd.items()]
+    if problems:
+        raise ConfigError(*problems)
+    return loop.engine
+
+
 def bare_client(engine: InProcessEngine, task: ClientTask) -> dict[str, Tensor]:
     """Take a client's local steps with nothing but PyTorch and return the tensors it trained."""
     model, steps, clip = engine.model, engine.trainer["max_steps"], engine.trainer.get("gradient_clip_val")
-    who = ("client", task.experience, task.round_index, task.client_id)
     engine.algorithm.begin(model, task)
     freeze(model, task.trainable_names)
     set_training_modes(model, task.trainable_names)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = engine.optimizer(parameters)
     schedule = engine.schedule.build(optimizer, task.round_index, engine.rounds, steps)
-    loader = engine.data.client_dataloader(task.client_id, generator(engine.seed, "batches", *who))
-    batches = chain.from_iterable(repeat(loader))
+    batches = chain.from_iterable(repeat(engine.batches(task)))
     options = forward_options(model)
-    with isolated_rng(derive_seed(engine.seed, "modules", *who)):
+    with engine.own_randomness(task):
         for batch in islice(batches, steps):
             loss = model(**{name: x.to(model.device) for name, x in batch.items()}, **options).loss
             optimizer.zero_grad()

@@ -136,7 +136,7 @@ class ComparisonConfig:
             file = Path(folder) / "config.yaml"
             file.write_text(yaml.safe_dump(config), encoding="utf-8")
             try:
-                run, _, _ = read_run(run_parser("fit"), [f"--config={file}"])
+                run, _ = read_run(run_parser("fit"), [f"--config={file}"])
             except ConfigError as error:
                 return error.problems
         return run.check()

@@ -3,10 +3,12 @@
 import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from fedbe.algorithms.base import Algorithm
@@ -14,14 +16,8 @@ from fedbe.client import ClientModule, OptimizerFactory, Schedule
 from fedbe.data import FederatedDataModule
 from fedbe.objectives import Objective
 from fedbe.seeding import derive_seed, generator, isolated_rng
+from fedbe.trainer import QUIET
 from fedbe.update import ClientTask, Update
-
-QUIET: Mapping[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 @dataclass
@@ -58,7 +54,6 @@ class InProcessEngine:
     def train_client(self, task: ClientTask) -> Update:
         """Train one client and return what it sends."""
         started = time.perf_counter()
-        who = ("client", task.experience, task.round_index, task.client_id)
         self.algorithm.begin(self.model, task)
         objective = self.objective.local(self.model, task.trainable_names, task.extra, task.objective_kept)
         client = ClientModule(
@@ -68,10 +63,17 @@ class InProcessEngine:
             lambda optimizer, steps: self.schedule.build(optimizer, task.round_index, self.rounds, steps),
             objective,
         )
-        batches = self.data.client_dataloader(task.client_id, generator(self.seed, "batches", *who))
-        with isolated_rng(derive_seed(self.seed, "modules", *who)):
-            L.Trainer(**QUIET, **copy.deepcopy(dict(self.trainer))).fit(client, batches)
+        with self.own_randomness(task):
+            L.Trainer(**QUIET, **copy.deepcopy(dict(self.trainer))).fit(client, self.batches(task))
         metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
         extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
         return Update(task.client_id, sent, client.samples_seen, metrics, kept, extra, objective_kept)
+
+    def batches(self, task: ClientTask) -> DataLoader[Any]:
+        """Return the client's batches in the order of this round."""
+        return self.data.client_dataloader(task.client_id, generator(self.seed, "batches", *task.purpose))
+
+    def own_randomness(self, task: ClientTask) -> AbstractContextManager[None]:
+        """Return the context in which dropout and the like draw from the client's own seed."""
+        return isolated_rng(derive_seed(self.seed, "modules", *task.purpose))

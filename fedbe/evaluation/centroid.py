@@ -103,8 +103,7 @@ class CentroidTask(TextTask):
             ConfigError: A column or the tokenizer is missing, or a label of a question has no example.
         """
         tokenizer = self.require_tokenizer(tokenizer)
-        texts, labels = self.rows["train"]
-        questions, answers = self.rows["test"]
+        (texts, labels), (questions, answers) = self.take_rows()
         kept = evenly_spread(len(questions), self.max_items).tolist()
         classes = {label: index for index, label in enumerate(dict.fromkeys(labels))}
         if unknown := [label for label in answers if label not in classes]:

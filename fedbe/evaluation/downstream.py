@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torchmetrics import SumMetric
 from transformers import PreTrainedModel
 
 from fedbe.data import Batch
@@ -25,9 +26,7 @@ class DownstreamScore:
     items: int
 
 
-def evaluate_downstream(
-    model: PreTrainedModel, batches: Iterable[Batch], device: torch.device | str | None = None
-) -> DownstreamScore:
+def evaluate_downstream(model: PreTrainedModel, batches: Iterable[Batch]) -> DownstreamScore:
     """Score a model on batches; each prediction weighs the same, however batches are cut and padded.
 
     Args:
@@ -35,24 +34,24 @@ def evaluate_downstream(
             training modes are left as they are.
         batches: Keyword arguments of the model; ``labels`` (-100 where nothing is to be predicted) are kept
             from it.
-        device: Where to send batches; by default where the model is.
 
     Raises:
         ValueError: No batch holds a label.
     """
-    # Plain sums: torchmetrics' MeanMetric either drops NaN losses or, with nan_strategy="disable", ignores the weights.
-    items, correct, loss = 0, 0, 0.0
+    # Sums, since torchmetrics' MeanMetric drops NaN losses or, with nan_strategy="disable", ignores the weights.
+    items, correct, loss = (SumMetric(nan_strategy="disable").set_dtype(torch.float64) for _ in range(3))
     with evaluation_mode(model):
         for batch in batches:
-            inputs = {name: tensor.to(device or model.device) for name, tensor in batch.items()}
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
             labels = inputs.pop("labels")
             sums = token_statistics(model(**inputs).logits, labels)
-            items += int(sums.items.sum())
-            correct += int(sums.correct.sum())
-            loss += sums.loss.sum().item()
-    if not items:
+            items.update(sums.items.sum().cpu())
+            correct.update(sums.correct.sum().cpu())
+            loss.update(sums.loss.sum().cpu())
+    count = items.compute().item()
+    if not count:
         raise ValueError(
             "`batches` holds no label to predict; give the downstream task's data a validation and a "
             "test part that are not empty."
         )
-    return DownstreamScore(correct / items, loss / items, items)
+    return DownstreamScore(correct.compute().item() / count, loss.compute().item() / count, int(count))

@@ -178,7 +178,7 @@ class MultipleChoiceTask(_ItemsTask):
             ConfigError: A column is missing, an answer is not among its choices, or there is no tokenizer.
         """
         tokenizer = self.require_tokenizer(tokenizer)
-        ((questions, choices, answers),) = self.rows.values()
+        ((questions, choices, answers),) = self.take_rows()
         begin = begin_token(tokenizer, model.config)
         self.items = [
             self._item(tokenizer, begin, str(questions[row]), choices[row], answers[row])
@@ -263,7 +263,7 @@ class ContinuationTask(_ItemsTask):
             ConfigError: There is no tokenizer, or fewer long enough documents than choices.
         """
         tokenizer = self.require_tokenizer(tokenizer)
-        ((texts,),) = self.rows.values()
+        ((texts,),) = self.take_rows()
         documents = tokenise(tokenizer, texts)
         pieces = [pieces for document in documents if (pieces := self._pieces(document))]
         if len(pieces) < self.choices:

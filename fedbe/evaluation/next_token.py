@@ -92,12 +92,11 @@ class NextTokenTask(TextTask):
             ConfigError: There is no text, or no tokenizer.
         """
         tokenizer = self.require_tokenizer(tokenizer)
-        ((texts,),) = self.rows.values()
+        ((texts,),) = self.take_rows()
         documents = tokenise(tokenizer, texts)
         tokens, labels = pack(documents, begin_token(tokenizer, model.config), self.sequence_length)
         kept = evenly_spread(len(tokens), self.max_sequences)
         self.tokens, self.labels = tokens[kept], labels[kept]
-        del self.rows
 
     def evaluate(self, model: PreTrainedModel) -> TaskScore:
         """Return accuracy and cross-entropy in nats per token."""

@@ -59,7 +59,7 @@ def check_tasks(tasks: Sequence[GeneralTask], key: str) -> list[Problem]:
     counts = Counter(task.name for task in tasks)
     problems = []
     for index, task in enumerate(tasks):
-        place = f"{key}[{index}]"
+        place = f"{key}[{index}].init_args"
         if counts[task.name] > 1:
             problems.append(Problem(f"{place}.name", task.name, "give each general task a name of its own."))
         if task.name in ("", RESERVED_NAME) or "/" in task.name:

@@ -31,12 +31,18 @@ class TextTask(GeneralTask):
 
     @cached_property
     def rows(self) -> dict[str, Columns]:
-        """Split → its columns, read once; `prepare` lets go of them.
+        """Split → its columns, read once; `take_rows` lets go of them.
 
         Raises:
             ConfigError: A column is missing, or no row has text.
         """
         return {split: self._read(split) for split in self.splits}
+
+    def take_rows(self) -> list[Columns]:
+        """Return the columns of each split, and let go of them: a run need not hold its general tasks' text."""
+        rows = list(self.rows.values())
+        del self.rows
+        return rows
 
     def check_corpus(self, key: str) -> list[Problem]:
         """Return why the corpus cannot be scored: what it says itself, a missing column, or no text."""

@@ -184,12 +184,10 @@ def test_a_run_continues_from_its_checkpoint(tmp_path, method):
     half.engine = Echo(half, nudge(per_client))
     half.advance()
     half.advance()
-    state, tensors = load_checkpoint(half.folder.checkpoints / "last.safetensors")
     rest = loop_of(tmp_path / "c", method, rounds=3, cohort=2, callbacks=[CheckpointCallback()])
     rest.setup()
     rest.folder.create({})
-    rest.load_state_dict(state)
-    rest.load_tensors(tensors)
+    load_checkpoint(half.folder.checkpoints / "last.safetensors", rest)
     rest.engine = Echo(rest, nudge(per_client))
     rest.advance()
     assert distance(whole.state, rest.state) < 1e-6

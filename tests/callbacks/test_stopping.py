@@ -10,6 +10,7 @@ from toy import toy_loop
 from fedbe.callbacks import EarlyStopping, KeepBest, metric_value
 from fedbe.callbacks.stopping import without_improvement
 from fedbe.errors import ConfigError
+from fedbe.records import metric_paths
 
 
 def run(loop, record, accuracies, **changes):
@@ -83,7 +84,9 @@ def test_a_metric_that_was_not_measured_in_a_round_is_none(record):
     ],
 )
 def test_bad_arguments_are_reported_before_work_starts(arguments, key):
-    assert [problem.key for problem in EarlyStopping(**arguments).check("callbacks[0]")] == [f"callbacks[0].{key}"]
+    assert [problem.key for problem in EarlyStopping(**arguments).check("callbacks[0]", metric_paths(["words"]))] == [
+        f"callbacks[0].{key}"
+    ]
 
 
 def test_early_stopping_ends_a_real_run_and_says_why(tmp_path):

@@ -43,4 +43,4 @@ class Named(GeneralTask):
 
 def test_task_names_are_unique_and_not_those_of_something_else():
     problems = check_tasks([Named("a"), Named("a"), Named("mean"), Named("x/y"), Named("b")], "general_tasks")
-    assert [problem.key for problem in problems] == [f"general_tasks[{index}].name" for index in range(4)]
+    assert [problem.key for problem in problems] == [f"general_tasks[{index}].init_args.name" for index in range(4)]

@@ -1,6 +1,6 @@
 """Metrics of a round's record by path, for whatever monitors or logs them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from fedbe.errors import ConfigError, Problem
@@ -18,7 +18,6 @@ _SECTIONS = (
     "simulated_seconds",
     "wall_seconds",
 )
-_DOWNSTREAM = ("downstream/accuracy", "downstream/loss")
 
 
 def flatten(record: Mapping[str, Any]) -> dict[str, float]:
@@ -57,15 +56,23 @@ def metric_value(record: Mapping[str, Any], monitor: str) -> float | None:
     return metrics.get(monitor)
 
 
-def check_monitor(key: str, monitor: str, mode: str) -> list[Problem]:
-    """Return what is wrong with the name of a monitored metric, as far as it shows before work starts."""
+def metric_paths(tasks: Sequence[str]) -> list[str]:
+    """Return the paths of all metrics that a run with these general tasks records."""
+    shares = ["mean", *tasks] if tasks else []
+    return [
+        *("downstream/accuracy", "downstream/loss"),
+        *(f"general/{task}/{figure}" for task in tasks for figure in ("score", "standard_error", "cross_entropy")),
+        *(f"{section}/{task}" for section in ("retention", "delta_ce") for task in shares),
+        *("bytes/up", "bytes/down", "simulated_seconds", "wall_seconds"),
+    ]
+
+
+def check_monitor(key: str, monitor: str, mode: str, metrics: Collection[str]) -> list[Problem]:
+    """Return what is wrong with a monitored metric: a run does not record it, or its mode is none."""
     problems = []
-    section = monitor.split("/")[0]
-    if section not in _SECTIONS:
-        remedy = f"a metric's path starts with one of {', '.join(_SECTIONS)}, as in downstream/accuracy."
+    if monitor not in metrics:
+        remedy = f"no such metric in this run; there are {', '.join(metrics)}."
         problems.append(Problem(f"{key}.monitor", monitor, remedy))
-    elif section == "downstream" and monitor not in _DOWNSTREAM:
-        problems.append(Problem(f"{key}.monitor", monitor, f"must be one of {', '.join(_DOWNSTREAM)}."))
     if mode not in ("max", "min"):
         problems.append(Problem(f"{key}.mode", mode, "must be max or min."))
     return problems
