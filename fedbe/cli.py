@@ -178,7 +178,7 @@ def bench_memory(arguments: Sequence[str]) -> None:
     parser.add_argument("--clients", type=list[int], default=[5, 50], help="Numbers of clients; the first is the base.")
     options = parse(parser, arguments)
     if options.rounds < 5:
-        raise ConfigError(Problem("rounds", options.rounds, "give 5 or more: growth is judged by fifths of the run"))
+        raise ConfigError(Problem("rounds", options.rounds, "give 5 or more: growth counts from a fifth of the run"))
     # What a step or a general task costs is the same for any number of clients, and would hide what clients cost.
     settings = [f"--federation.rounds={options.rounds}", "--federation.cohort=5", "--trainer.max_steps=2"]
     settings += ["--general_tasks=[]", "--logger=none"]

@@ -1,7 +1,8 @@
 """What simulated clients cost in memory: peak by number of clients, and growth from round to round."""
 
+import ctypes
+import gc
 import multiprocessing
-import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,34 +24,47 @@ class MemoryUse:
 
     Attributes:
         clients: Number of simulated clients.
+        rounds: Number of rounds.
         peak_bytes: Largest resident memory of the process.
-        by_round: Resident memory after each round, in bytes.
+        early_bytes: Memory in use after a fifth of the rounds.
+        late_bytes: Memory in use after the last round.
     """
 
     clients: int
+    rounds: int
     peak_bytes: int
-    by_round: tuple[int, ...]
+    early_bytes: int
+    late_bytes: int
 
     @property
     def growth(self) -> float:
-        """Median of the last fifth of the rounds over that of the second fifth; the first fifth is warm-up."""
-        fifth = max(1, len(self.by_round) // 5)
-        return statistics.median(self.by_round[-fifth:]) / statistics.median(self.by_round[fifth : 2 * fifth])
+        """Memory in use at the end over that after a fifth of the rounds."""
+        return self.late_bytes / self.early_bytes
 
     def __str__(self) -> str:
+        peak, early, late = (count / MIB for count in (self.peak_bytes, self.early_bytes, self.late_bytes))
         return (
-            f"{self.clients:>4} clients: peak {self.peak_bytes / MIB:7.1f} MiB, "
-            f"{len(self.by_round)} rounds, last fifth over second fifth {self.growth:.3f}"
+            f"{self.clients:>4} clients, {self.rounds} rounds: peak {peak:.1f} MiB; "
+            f"in use after a fifth {early:.1f}, at the end {late:.1f} MiB ({self.growth:.3f})"
         )
 
 
 class _Gauge(FederatedCallback):
     def __init__(self) -> None:
-        self.by_round: list[int] = []
+        self.in_use: dict[int, int] = {}
 
     def on_round_written(self, loop: FederatedLoop) -> None:
-        if loop.progress.completed:
-            self.by_round.append(resident_bytes())
+        if loop.progress.completed in (max(1, loop.rounds // 5), loop.rounds):
+            self.in_use[loop.progress.completed] = bytes_in_use()
+
+
+def bytes_in_use() -> int:
+    """Return the resident memory of this process, in bytes, after garbage and free pages have been given back."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library only
+    if trim is not None:
+        trim(0)
+    return resident_bytes()
 
 
 def resident_bytes() -> int:
@@ -81,4 +95,4 @@ def _run(arguments: list[str], clients: int) -> MemoryUse:
         loop = build(run, config)
         loop.callbacks = [*without_display(loop), gauge]
         loop.run()
-    return MemoryUse(clients, peak_rss_bytes(), tuple(gauge.by_round))
+    return MemoryUse(clients, run.federation.rounds, peak_rss_bytes(), *gauge.in_use.values())

@@ -1,14 +1,17 @@
-import pytest
-
-from fedbe.bench.memory import MIB, MemoryUse, resident_bytes
+from fedbe.bench.memory import MIB, MemoryUse, bytes_in_use, resident_bytes
 from fedbe.loop import peak_rss_bytes
 
 
 def test_growth_compares_the_end_with_the_time_after_warm_up():
-    flat = MemoryUse(5, 0, tuple([10 * MIB] * 2 + [100 * MIB] * 8))
-    assert flat.growth == 1.0
-    rising = MemoryUse(5, 0, tuple(range(100, 200, 10)))
-    assert rising.growth == pytest.approx(185 / 125)
+    assert MemoryUse(5, 10, 0, 100 * MIB, 125 * MIB).growth == 1.25
+
+
+def test_what_is_freed_does_not_count_as_in_use():
+    before = bytes_in_use()
+    block = [bytearray(1 * MIB) for _ in range(64)]
+    assert bytes_in_use() - before > 32 * MIB
+    del block
+    assert bytes_in_use() - before < 32 * MIB
 
 
 def test_resident_memory_is_at_most_the_peak_and_follows_an_allocation():
