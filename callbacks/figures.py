@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedbe.callbacks.report import readable_share
+from fedbe.drawing import COLORS, GREY, STYLE
 from fedbe.evaluation.tasks import RESERVED_NAME
 
 Records = Sequence[Mapping[str, Any]]
@@ -21,24 +22,8 @@ Records = Sequence[Mapping[str, Any]]
 Axis = Literal["round", "simulated_seconds", "bytes"]
 """What a curve is drawn over."""
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours, told apart by colour-blind people too; the first is the downstream task's."""
-
-_GREY = "#666666"
 _DASHED: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.2}
 _STEPS = [1, 2, 5, 10]
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "axes.axisbelow": True,
-    "figure.dpi": 150,
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +53,7 @@ def learning_figure(history: Records, axis: Axis = "round") -> Figure:
     positions, label = _positions(history, axis)
     kept = _general_curves(history, positions, "general", lambda scores, name: scores[name]["score"])
     ratios = _general_curves(history, positions, "retention", lambda shares, name: shares[name])
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         count = 3 if kept else 1
         figure = Figure(figsize=(4.3 * count if kept else 5.6, 3.9), layout="constrained")
         panels = list(figure.subplots(1, count, squeeze=False)[0])
@@ -131,7 +116,7 @@ def _draw(panel: Axes, title: str, label: str, curves: Sequence[Curve], percent:
         if not percent:
             panel.axhline(curve.y[0], color=curve.color, **_DASHED)
     if percent:
-        panel.axhline(1.0, color=_GREY, **_DASHED)
+        panel.axhline(1.0, color=GREY, **_DASHED)
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
     _widen(panel, 0.1 if percent else 0.05)
     _name_ends(panel, curves, percent)
@@ -172,7 +157,7 @@ def _name_base(panel: Axes, curve: Curve) -> None:
         (-2, -4 if rose else 4),
         xycoords=panel.get_yaxis_transform(),
         textcoords="offset points",
-        color=_GREY,
+        color=GREY,
         ha="right",
         va="top" if rose else "bottom",
         fontsize=9,
@@ -207,7 +192,7 @@ def allocation_figure(history: Records) -> Figure | None:
         return None
     counts = [[sum(block in units for units in r["allocation"].values()) for r in rounds] for block in blocks]
     most = max(map(max, counts))
-    with mpl.rc_context(_STYLE | {"axes.grid": False}):
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(
             figsize=(min(14.0, 4 + 0.28 * len(rounds)), min(8.0, 2.4 + 0.3 * len(blocks))), layout="constrained"
         )

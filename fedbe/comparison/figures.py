@@ -11,26 +11,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fedbe.comparison.report import ranked
 from fedbe.comparison.statistics import Estimate, pareto_front
 from fedbe.comparison.summary import Arm, Comparison, Place
+from fedbe.drawing import COLORS, GREY, STYLE
 from fedbe.evaluation.convergence import Point
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, told apart by colour-blind people too; more arms than colours differ in marker and dash."""
-
+# More arms than colours differ in marker and dash.
+_ARM_COLORS = (*COLORS, "#000000")
 _MARKERS = ("o", "s", "^", "D")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-_GREY = "#666666"
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "axes.axisbelow": True,
-    "figure.dpi": 150,
-}
 _COSTS: Mapping[str, Callable[[Point], float]] = {
     "rounds": lambda point: point.round,
     "simulated seconds": lambda point: point.simulated_seconds,
@@ -49,10 +36,10 @@ def figures(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
 
 def looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """Return colour, marker and dash of each arm, the same in every picture."""
-    count = len(COLORS)
+    count = len(_ARM_COLORS)
     return {
         arm.name: {
-            "color": COLORS[index % count],
+            "color": _ARM_COLORS[index % count],
             "marker": _MARKERS[index // count % len(_MARKERS)],
             "linestyle": _DASHES[index // count % len(_DASHES)],
         }
@@ -63,14 +50,14 @@ def looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
 def pareto_figure(comparison: Comparison) -> Figure:
     """Return learning against forgetting: each arm's way over the rounds and where it ended, with standard errors."""
     styles, arms = looks(comparison), [arm for arm in ranked(comparison) if arm.mean_trajectory]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.2, max(5.2, 1.2 + 0.27 * len(arms))), layout="constrained")
         panel = figure.subplots()
         for arm in arms:
             _draw_way(panel, arm, styles[arm.name])
         _draw_front(panel, [arm.mean_trajectory[-1] for arm in arms])
         if comparison.level is not None:
-            panel.axvline(comparison.level, color=_GREY, linestyle=(0, (4, 3)), linewidth=1, label="matched score")
+            panel.axvline(comparison.level, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="matched score")
         panel.set_title("Learning against forgetting")
         panel.set_xlabel("downstream accuracy on validation data")
         panel.set_ylabel("retention: general accuracy, % of base")
@@ -95,8 +82,8 @@ def _draw_front(panel: Axes, ends: Sequence[tuple[float, float]]) -> None:
     """Join the end points that no other beats in both, as a staircase: what lies below it is dominated."""
     front = [ends[index] for index in pareto_front(ends)]
     xs, ys = zip(*front, strict=True)
-    panel.step(xs, ys, where="pre", color=_GREY, linewidth=5, alpha=0.2, zorder=1)
-    panel.scatter(xs, ys, s=190, facecolors="none", edgecolors=_GREY, linewidths=1, label="Pareto front of ends")
+    panel.step(xs, ys, where="pre", color=GREY, linewidth=5, alpha=0.2, zorder=1)
+    panel.scatter(xs, ys, s=190, facecolors="none", edgecolors=GREY, linewidths=1, label="Pareto front of ends")
 
 
 def downstream_figure(comparison: Comparison) -> Figure:
@@ -108,14 +95,14 @@ def downstream_figure(comparison: Comparison) -> Figure:
         "simulated time (s)": lambda place: place.simulated_seconds,
         f"tensors sent, up and down ({unit})": lambda place: place.bytes / scale,
     }
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(14.5, max(4.4, 1.2 + 0.27 * len(comparison.arms))), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
         for panel, (label, position) in zip(panels, axes.items(), strict=True):
             for arm in comparison.arms:
                 _draw_curve(panel, arm, position, styles[arm.name])
             if comparison.target is not None:
-                panel.axhline(comparison.target, color=_GREY, linestyle=(0, (4, 3)), linewidth=1)
+                panel.axhline(comparison.target, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
             panel.set_xlabel(label)
             panel.margins(x=0.02)
             panel.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=label == "round"))
@@ -142,7 +129,7 @@ def _byte_unit(largest: float) -> tuple[float, str]:
 def convergence_figure(comparison: Comparison) -> Figure:
     """Return bars of what it took each arm to reach the target, in rounds, simulated seconds and bytes."""
     baseline = comparison.baseline or comparison.arms[0].name
-    with mpl.rc_context(_STYLE | {"axes.grid.axis": "x"}):
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
         figure = Figure(figsize=(14.5, 1.6 + 0.32 * len(comparison.arms)), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
         for panel, (unit, cost) in zip(panels, _COSTS.items(), strict=True):
@@ -162,9 +149,9 @@ def convergence_figure(comparison: Comparison) -> Figure:
 
 def _draw_bars(panel: Axes, comparison: Comparison, cost: Callable[[Point], float], baseline: str) -> None:
     values = [comparison.acceleration(arm, cost) for arm in comparison.arms]
-    colors = [_GREY if arm.name == baseline else COLORS[0] for arm in comparison.arms]
+    colors = [GREY if arm.name == baseline else _ARM_COLORS[0] for arm in comparison.arms]
     panel.barh(range(len(values)), [value or 0.0 for value in values], color=colors, height=0.7)
-    panel.axvline(1.0, color=_GREY, linestyle=(0, (4, 3)), linewidth=1)
+    panel.axvline(1.0, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
     for index, value in enumerate(values):
         text = "not reached" if value is None else f"{value:.2f}×"
         panel.annotate(text, (value or 0.0, index), (4, 0), textcoords="offset points", va="center", fontsize=9.5)
