@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,10 @@ from fedbe.run_parser import read_run, run_parser, shipped_config
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 the input cannot be used, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(
+            0, os.getcwd()
+        )  # a user's own classes, named by `class_path`, stand where the command is called
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0

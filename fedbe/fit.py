@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import netrc
 import os
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, cast
 
-import datasets
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from transformers.utils.logging import disable_progress_bar
 
 from fedbe.algorithms import PooledData
 from fedbe.callback import FederatedCallback
@@ -22,7 +18,7 @@ from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.config import RunConfig
 from fedbe.data import FederatedDataModule
 from fedbe.engines import InProcessEngine
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Problem
 from fedbe.loop import FederatedLoop
 from fedbe.run_folder import RunFolder
 from fedbe.seeding import derive_seed, isolated_rng
@@ -62,7 +58,6 @@ def build(run: RunConfig, config: Mapping[str, Any]) -> FederatedLoop:
     Raises:
         ConfigError: The configuration cannot run; it carries every mistake found.
     """
-    quiet_libraries()
     options = trainer_options(run.trainer)
     problems = run.check()
     if problems:
@@ -114,6 +109,8 @@ def connect_data(run: RunConfig) -> None:
     run.data.prepare_data()
     run.data.setup("fit")
     problems = run.federation.check_cohort(len(run.data.client_ids))
+    empty = [client for client in run.data.client_ids if not len(cast(Sized, run.data.client_dataset(client)))]
+    problems += [Problem("data", client, "this client has no sample: leave it out of `client_ids`") for client in empty]
     if problems:
         raise ConfigError(*problems)
 
@@ -161,13 +158,3 @@ def wandb_online() -> bool:
     except (OSError, netrc.NetrcParseError):
         known = False
     return known or "WANDB_API_KEY" in os.environ
-
-
-def quiet_libraries() -> None:
-    """Silence what Lightning says at each of a run's many short fits, and other libraries' progress bars."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*in eval mode at the start.*", ".*LeafSpec.*deprecated.*"):
-        warnings.filterwarnings("ignore", message)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.disable_progress_bars()

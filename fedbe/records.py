@@ -73,8 +73,11 @@ def check_monitor(key: str, monitor: str, mode: str, metrics: Collection[str]) -
     if monitor not in metrics:
         remedy = f"no such metric in this run; there are {', '.join(metrics)}."
         problems.append(Problem(f"{key}.monitor", monitor, remedy))
+    falls = monitor.endswith(("/loss", "/cross_entropy")) or monitor.startswith("delta_ce/")
     if mode not in ("max", "min"):
         problems.append(Problem(f"{key}.mode", mode, "must be max or min."))
+    elif falls and mode == "max":
+        problems.append(Problem(f"{key}.mode", mode, f"less of {monitor} is better: give min."))
     return problems
 
 

@@ -15,8 +15,10 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from fedbe.config import RunConfig, check_sections
 from fedbe.config_errors import collect, read_raw
 from fedbe.errors import ConfigError, Problem
+from fedbe.trainer import quiet_libraries
 
 LISTS = ("general_tasks", "callbacks")
+MAPPINGS = ("model", "client", "federation", "trainer")
 SET_BY_ENGINE = {"logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"}
 
 
@@ -60,6 +62,9 @@ def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfi
     loose = [word for word in arguments if not word.startswith("-") and Path(word).suffix in (".yaml", ".yml")]
     if loose and "--config" not in arguments[: list(arguments).index(loose[0])][-1:]:
         raise ConfigError(Problem("command line", loose[0], f"name a configuration with --config {loose[0]}"))
+    quiet_libraries()
+    if no_mappings(read_raw(arguments)):
+        raise ConfigError(*all_problems(parser, arguments, None))
     try:
         namespace = parser.parse_args(list(arguments))
     except ArgumentError as first:
@@ -67,10 +72,12 @@ def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfi
     return RunConfig(**instantiate(parser, namespace)), resolved(parser, namespace, arguments)
 
 
-def all_problems(parser: ArgumentParser, arguments: Sequence[str], first: ArgumentError) -> list[Problem]:
+def all_problems(parser: ArgumentParser, arguments: Sequence[str], first: Exception | None) -> list[Problem]:
     """Return every mistake of keys, types and values, once the parser has found a first."""
     raw = read_raw(arguments)
-    problems = [problem for section in LISTS for problem in collect_list(raw, section)]
+    problems = no_mappings(raw)
+    raw = {key: value for key, value in raw.items() if key not in {problem.key for problem in problems}}
+    problems += [problem for section in LISTS for problem in collect_list(raw, section)]
     found, rest = collect(parser, raw)
     problems += found
     if not problems:
@@ -86,6 +93,13 @@ def all_problems(parser: ArgumentParser, arguments: Sequence[str], first: Argume
         found = []
     known = {problem.key for problem in problems}
     return problems + [problem for problem in found if problem.key not in known]
+
+
+def no_mappings(raw: dict[str, Any]) -> list[Problem]:
+    """Return the sections that should be mappings and are not; the parser would pass over some of them."""
+    remedy = "give a mapping of keys and values"
+    given = {section: raw[section] for section in MAPPINGS if section in raw}
+    return [Problem(key, value, remedy) for key, value in given.items() if not isinstance(value, dict)]
 
 
 def collect_list(raw: dict[str, Any], section: str) -> list[Problem]:

@@ -1,10 +1,15 @@
 """The arguments of each client's `L.Trainer`, and what keeps one from training a client."""
 
+import inspect
+import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 import lightning as L
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from transformers.utils.logging import disable_progress_bar
 
 from fedbe.errors import Problem
 
@@ -43,7 +48,10 @@ def check_trainer(options: Mapping[str, Any], dtype: str, schedule: str) -> list
     try:
         trainer = L.Trainer(**QUIET, **options)
     except Exception as error:  # Lightning raises several kinds, none of them its own
-        return [*problems, Problem("trainer", dict(options), f"{type(error).__name__}: {error}")]
+        given = inspect.signature(L.Trainer).parameters
+        chosen = {name: value for name, value in options.items() if value != given[name].default}
+        named = {name: value for name, value in chosen.items() if name in str(error) or str(value) in str(error)}
+        return [*problems, Problem("trainer", named or chosen, str(error))]
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         kind = type(trainer.strategy).__name__
         remedy = f"gives {kind}; a client trains on one device: set trainer.devices to 1 and leave the strategy out"
@@ -63,6 +71,9 @@ def _check_length(options: Mapping[str, Any], schedule: str) -> list[Problem]:
     if "max_time" in options and steps == -1 and epochs == -1 and schedule != "constant":
         remedy = "a schedule that ends needs a number of steps: give trainer.max_steps, or schedule.name: constant"
         problems.append(Problem("trainer.max_time", options["max_time"], remedy))
+    for name in ("accumulate_grad_batches", "gradient_clip_val"):
+        if options.get(name, 1) < 0 or (name.startswith("acc") and options.get(name, 1) < 1):
+            problems.append(Problem(f"trainer.{name}", options[name], "give a number above 0, or leave it out"))
     if options.get("limit_train_batches") == 0:
         problems.append(Problem("trainer.limit_train_batches", 0, "leaves nothing to train on: leave it out"))
     return problems
@@ -75,3 +86,13 @@ def _check_precision(options: Mapping[str, Any], dtype: str) -> list[Problem]:
         return []
     remedy = f"would cast the resident {dtype} weights: set model.dtype to {wanted}, or use a `-mixed` precision"
     return [Problem("trainer.precision", options["precision"], remedy)]
+
+
+def quiet_libraries() -> None:
+    """Silence what Lightning says at each of a run's many short fits, and other libraries' progress bars."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*in eval mode at the start.*", ".*LeafSpec.*deprecated.*"):
+        warnings.filterwarnings("ignore", message)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()

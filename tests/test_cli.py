@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,8 @@ TRAINER = {
     "max_steps": (0, "1 or more"),
     "max_epochs": (-1, "never ends"),
     "limit_train_batches": (0, "nothing to train on"),
+    "accumulate_grad_batches": (0, "above 0"),
+    "gradient_clip_val": (-1.0, "above 0"),
     "accelerator": ("gpux", "gpux"),
 }
 
@@ -203,6 +206,27 @@ def test_an_optimizer_and_a_task_that_cannot_be_are_refused(config, tmp_path, ca
     assert "client.optimizer" in errors and "model.task = 'image-classification'" in errors
 
 
+@pytest.mark.parametrize("section", ["federation", "model", "client", "trainer"])
+@pytest.mark.parametrize("value", [None, [1, 2]])
+def test_a_section_that_is_no_mapping_is_refused(config, tmp_path, capsys, section, value):
+    config[section] = value
+    assert run(config, tmp_path) == 2
+    assert f"- {section} = {value!r}: give a mapping" in capsys.readouterr().err
+
+
+def test_keeping_the_largest_loss_is_refused(config, tmp_path, capsys):
+    best = {"class_path": "fedbe.callbacks.KeepBest", "init_args": {"monitor": "downstream/loss"}}
+    config["callbacks"] = [best]
+    assert run(config, tmp_path) == 2
+    assert "less of downstream/loss is better" in capsys.readouterr().err
+
+
+def test_a_general_task_longer_than_the_model_takes_is_refused(config, tmp_path, capsys):
+    config["general_tasks"][0]["init_args"]["sequence_length"] = 300
+    assert run(config, tmp_path) == 2
+    assert "the model takes 256 at most" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_an_existing_output_folder_is_refused_and_left_alone(config, tmp_path, capsys):
     kept = tmp_path / "run" / "precious.txt"
     kept.parent.mkdir()
@@ -240,7 +264,8 @@ def test_without_a_command_the_commands_are_listed(capsys):
 
 def test_a_user_s_own_data_module_is_plugged_in_by_class_path(tmp_path, monkeypatch):
     example = Path(__file__).parent / "datamodules" / "custom_example.py"
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [place for place in sys.path if place not in ("", str(tmp_path))])
     (tmp_path / "sums.py").write_text(example.read_text())
     config = {
         "data": {"class_path": "sums.SumsData", "init_args": {"clients": 3}}, "output": str(tmp_path / "run"),

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import signal
 
 import lightning as L
 import pytest
@@ -241,6 +242,18 @@ def test_callbacks_hear_of_an_exception(tmp_path):
     with pytest.raises(RuntimeError, match="no power"):
         loop.run()
     assert recorder.calls[-1] == "on_exception"
+
+
+def test_an_interrupt_while_a_client_trains_reaches_the_caller(tmp_path):
+    class CtrlC(L.Callback):
+        def on_train_batch_end(self, *_):
+            raise KeyboardInterrupt
+
+    recorder, handler = Recorder(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        toy_loop(tmp_path / "run", callbacks=[recorder], trainer={"callbacks": [CtrlC()]}).run()
+    assert recorder.calls[-1] == "on_exception"
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_the_run_folder_holds_records_summary_and_a_plain_model(tmp_path):

@@ -1,6 +1,7 @@
 """Clients in this process, one after another, on the one resident model."""
 
 import copy
+import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -64,7 +65,7 @@ class InProcessEngine:
             objective,
         )
         with self.own_randomness(task):
-            L.Trainer(**QUIET, **copy.deepcopy(dict(self.trainer))).fit(client, self.batches(task))
+            fit(L.Trainer(**QUIET, **copy.deepcopy(dict(self.trainer))), client, self.batches(task))
         metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
         extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
@@ -77,3 +78,19 @@ class InProcessEngine:
     def own_randomness(self, task: ClientTask) -> AbstractContextManager[None]:
         """Return the context in which dropout and the like draw from the client's own seed."""
         return isolated_rng(derive_seed(self.seed, "modules", *task.purpose))
+
+
+def fit(trainer: L.Trainer, client: ClientModule, batches: DataLoader[Any]) -> None:
+    """Train a client; Ctrl-C is an interrupt of the run, where Lightning would exit the process and say nothing.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(client, batches)
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from None
+        raise

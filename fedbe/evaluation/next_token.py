@@ -11,7 +11,7 @@ from fedbe.errors import Problem
 from fedbe.evaluation.sampling import sample_sequences
 from fedbe.evaluation.scoring import IGNORED, ratio_standard_error, sequence_statistics
 from fedbe.evaluation.tasks import GeneralTask, TaskScore, check_at_least
-from fedbe.evaluation.text import TextTask, begin_token, evenly_spread, tokenise
+from fedbe.evaluation.text import TextTask, begin_token, evenly_spread, require_length, tokenise
 from fedbe.seeding import generator
 
 
@@ -92,6 +92,7 @@ class NextTokenTask(TextTask):
             ConfigError: There is no text, or no tokenizer.
         """
         tokenizer = self.require_tokenizer(tokenizer)
+        require_length(self.name, model, self.sequence_length)
         ((texts,),) = self.take_rows()
         documents = tokenise(tokenizer, texts)
         tokens, labels = pack(documents, begin_token(tokenizer, model.config), self.sequence_length)
@@ -137,7 +138,12 @@ class SampledTextTask(GeneralTask):
         return problems
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:
-        """Sample the text from the base model; the same seed gives the same text."""
+        """Sample the text from the base model; the same seed gives the same text.
+
+        Raises:
+            ConfigError: The model does not take so many tokens.
+        """
+        require_length(self.name, model, self.sequence_length)
         begin = begin_token(tokenizer, model.config)
         self.tokens = sample_sequences(
             model,

@@ -106,6 +106,17 @@ def begin_token(tokenizer: PreTrainedTokenizerBase | None, config: PretrainedCon
     raise ConfigError(Problem("model", config.model_type, remedy))
 
 
+def require_length(name: str, model: PreTrainedModel, length: int) -> None:
+    """Check that a general task's sequences are not longer than the model takes.
+
+    Raises:
+        ConfigError: They are.
+    """
+    most = maximum_length(model)
+    if most is not None and length > most:
+        raise ConfigError(Problem(f"general_tasks.{name}.sequence_length", length, f"the model takes {most} at most."))
+
+
 def maximum_length(model: PreTrainedModel) -> int | None:
     """Return the most tokens that a model takes, where its config says so."""
     length = getattr(model.config, "max_position_embeddings", None)
