@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedbe.algorithms.base import Algorithm
+from fedbe.algorithms.blocks import BlockAlgorithm
 from fedbe.data import Batch
 from fedbe.errors import ConfigError, Problem
 from fedbe.expansion import (
@@ -12,12 +12,11 @@ from fedbe.expansion import (
     ExportReport,
     block_parameter_names,
     expand_blocks,
-    head_parameter_names,
     save_model,
 )
 
 
-class BlockExpansion(Algorithm):
+class BlockExpansion(BlockAlgorithm):
     """Insert identity blocks and train them, and a new task head where there is one; nothing else moves.
 
     Args:
@@ -29,7 +28,6 @@ class BlockExpansion(Algorithm):
     def __init__(self, positions: list[int] | int = 2) -> None:
         self.positions = positions
         self._expansion: Expansion | None = None
-        self._units: dict[str, tuple[str, ...]] = {}
 
     @property
     def expansion(self) -> Expansion:
@@ -48,19 +46,7 @@ class BlockExpansion(Algorithm):
         if problems:
             raise ConfigError(*problems)
         self._expansion = expand_blocks(model, self.positions, inputs=inputs)
-        self._units = {f"block_{i}": names for i, names in block_parameter_names(model, self.expansion).items()}
-        head = head_parameter_names(model)
-        if head:
-            self._units["head"] = head
-
-    @property
-    def trainable_names(self) -> tuple[str, ...]:
-        """Exact names of the parameters of the expanded blocks, and of a new task head."""
-        return tuple(name for names in self._units.values() for name in names)
-
-    def units(self) -> dict[str, tuple[str, ...]]:
-        """Return each expanded block, from the lowest to the highest, and the head."""
-        return self._units
+        self._set_units(model, block_parameter_names(model, self.expansion))
 
     def export(
         self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedbe.algorithms.base import Algorithm
 from fedbe.algorithms.block_expansion import check_positions
+from fedbe.algorithms.blocks import BlockAlgorithm
 from fedbe.data import Batch
 from fedbe.errors import ConfigError, Problem
-from fedbe.expansion import ExportReport, head_parameter_names, resolve_positions, save_plain, stack_parameter_names
+from fedbe.expansion import ExportReport, resolve_positions, save_plain, stack_parameter_names
 
 
-class Unfreeze(Algorithm):
+class Unfreeze(BlockAlgorithm):
     """Train some of the base model's own blocks, and a new task head where there is one; nothing else moves.
 
     Args:
@@ -23,7 +23,6 @@ class Unfreeze(Algorithm):
 
     def __init__(self, blocks: list[int] | int = 2) -> None:
         self.blocks = blocks
-        self._units: dict[str, tuple[str, ...]] = {}
 
     def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
         """Return a problem when `blocks` does not fit a base model of `depth` blocks."""
@@ -36,19 +35,7 @@ class Unfreeze(Algorithm):
         if problems:
             raise ConfigError(*problems)
         chosen = dict.fromkeys(resolve_positions(self.blocks, len(names)))
-        self._units = {f"block_{index}": names[index] for index in chosen}
-        head = head_parameter_names(model)
-        if head:
-            self._units["head"] = head
-
-    @property
-    def trainable_names(self) -> tuple[str, ...]:
-        """Exact names of the parameters of these blocks, and of a new task head."""
-        return tuple(name for names in self._units.values() for name in names)
-
-    def units(self) -> dict[str, tuple[str, ...]]:
-        """Return each of the blocks by its index in the model, from the lowest to the highest, and the head."""
-        return self._units
+        self._set_units(model, {index: names[index] for index in chosen})
 
     def export(
         self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None
