@@ -1,6 +1,5 @@
 """The pictures of a run, drawn from its records."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -8,13 +7,15 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedbe.allocation.heat_map import allocation_figure
 from fedbe.callbacks.report import readable_share
 from fedbe.drawing import COLORS, GREY, STYLE
 from fedbe.evaluation.tasks import RESERVED_NAME
+from fedbe.expansion.figures import placement_figure
+from fedbe.expansion.placement import Choice
 
 Records = Sequence[Mapping[str, Any]]
 """The records of a run, as in `metrics.jsonl`."""
@@ -177,51 +178,6 @@ def spread(values: Sequence[float], gap: float, highest: float) -> list[float]:
     return [place for _, place in sorted(zip(order, places, strict=True))]
 
 
-def allocation_figure(history: Records) -> Figure | None:
-    """Return who trained which block when: blocks by rounds, how many clients of the cohort trained each.
-
-    Args:
-        history: The records of a run.
-
-    Returns:
-        The picture; ``None`` if no round has an allocation.
-    """
-    rounds = [record for record in history if record["allocation"]]
-    blocks = sorted({block for r in rounds for units in r["allocation"].values() for block in units}, key=_natural)
-    if not rounds:
-        return None
-    counts = [[sum(block in units for units in r["allocation"].values()) for r in rounds] for block in blocks]
-    most = max(map(max, counts))
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(
-            figsize=(min(14.0, 4 + 0.28 * len(rounds)), min(8.0, 2.4 + 0.3 * len(blocks))), layout="constrained"
-        )
-        panel = figure.subplots()
-        image = panel.imshow(
-            counts,
-            aspect="auto",
-            origin="lower",
-            cmap=mpl.colormaps["Blues"],
-            norm=BoundaryNorm([level - 0.5 for level in range(most + 2)], 256),
-            extent=(rounds[0]["round"] - 0.5, rounds[-1]["round"] + 0.5, -0.5, len(blocks) - 0.5),
-            interpolation="nearest",
-        )
-        panel.set_title("Who trained which block when")
-        panel.set_xlabel("round")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        panel.set_ylabel("block")
-        shown = range(0, len(blocks), max(1, len(blocks) // 24))
-        panel.set_yticks(list(shown), [str(blocks[index]) for index in shown])
-        ticks = sorted({round(index * most / min(most, 8)) for index in range(min(most, 8) + 1)}) if most else [0]
-        figure.colorbar(image, ax=panel, label="clients that trained it", ticks=ticks, aspect=25)
-    return figure
-
-
-def _natural(name: object) -> list[tuple[int, str]]:
-    """Return a key that sorts ``layers.2`` before ``layers.10``."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(name))]
-
-
 def figures(history: Records) -> Iterator[tuple[str, Figure]]:
     """Yield the pictures of a run with their file names."""
     yield "learning.png", learning_figure(history)
@@ -230,3 +186,7 @@ def figures(history: Records) -> Iterator[tuple[str, Figure]]:
     allocation = allocation_figure(history)
     if allocation is not None:
         yield "allocation.png", allocation
+    placement = history[0]["explanation"].get("placement")
+    chosen = None if placement is None else placement_figure(Choice.from_dict(placement))
+    if chosen is not None:
+        yield "placement.png", chosen

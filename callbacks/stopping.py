@@ -13,7 +13,7 @@ from fedbe.evaluation.tasks import check_at_least
 from fedbe.loop import FederatedLoop
 from fedbe.records import Mode, better, check_monitor, metric_value
 
-_BEST = "best.safetensors"
+BEST = "best.safetensors"
 
 
 def without_improvement(values: Sequence[float], mode: Mode, min_delta: float = 0.0) -> int:
@@ -120,14 +120,14 @@ class KeepBest(FederatedCallback):
             return
         if self.value is None or better(value, self.value, self.mode):
             self.value, self.round = value, loop.record["round"]
-            partial = loop.folder.checkpoints / f"{_BEST}.partial"
+            partial = loop.folder.checkpoints / f"{BEST}.partial"
             save_file({name: tensor.contiguous() for name, tensor in loop.state.items()}, partial)
-            os.replace(partial, loop.folder.checkpoints / _BEST)
+            os.replace(partial, loop.folder.checkpoints / BEST)
 
     def on_last_round(self, loop: FederatedLoop) -> None:
         """Put the best round's tensors back, before the final scoring."""
         if self.round is not None:
-            loop.restore(load_file(loop.folder.checkpoints / _BEST))
+            loop.restore(load_file(loop.folder.checkpoints / BEST))
         loop.summary["kept_round"] = self.round
 
     def state_dict(self) -> dict[str, Any]:

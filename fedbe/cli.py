@@ -1,4 +1,4 @@
-"""The command line: ``fedbe fit | compare | partition | export | pretrain | bench``."""
+"""The command line: ``fedbe fit | compare | partition | dial | export | pretrain | bench``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -124,18 +125,55 @@ def partition_command(arguments: Sequence[str]) -> None:
     print(f"picture: {picture}")
 
 
+def dial_command(arguments: Sequence[str]) -> None:
+    """Measure what a finished run learned and kept along its dial, and choose a place on it."""
+    from rich.console import Console
+
+    from fedbe.dial import FACTORS, dial_table, measure_run
+
+    parser = ArgumentParser(prog="fedbe dial", description=dial_command.__doc__, exit_on_error=False)
+    parser.add_argument("run", type=Path, help="A finished run's folder.")
+    parser.add_argument(
+        "--factors", type=float, nargs="+", default=list(FACTORS), help="Places to measure; 0 is the base model."
+    )
+    parser.add_argument(
+        "--retention", type=float, help="Keep at least this much; without, the best trade-off is chosen."
+    )
+    options = parse(parser, arguments)
+    dial = measure_run(options.run, options.factors, options.retention)
+    console = Console()
+    console.print(dial_table(dial))
+    console.print(f"{dial.reason}; validation data and general tasks decide", highlight=False, soft_wrap=True)
+    console.print(f"write it  fedbe export {options.run} --to FOLDER --dial auto", highlight=False, soft_wrap=True)
+
+
 def export_command(arguments: Sequence[str]) -> None:
-    """Write a run's model with its expanded blocks scaled by a dial: 1 as trained, 0 the base model."""
+    """Write a run's model with what it learned scaled by a dial: 1 as trained, 0 the base model."""
+    from fedbe.dial import chosen_factor, export_run
     from fedbe.expansion import rescale
+    from fedbe.expansion.export import DESCRIPTION_FILE
+    from fedbe.run_folder import RunFolder
 
     parser = ArgumentParser(prog="fedbe export", description=export_command.__doc__, exit_on_error=False)
-    parser.add_argument("run", type=Path, help="A run's folder, or a model folder that fedbe wrote.")
+    parser.add_argument("run", type=Path, help="A run's folder, or a model folder with expanded blocks.")
     parser.add_argument("--to", type=Path, required=True, help="The folder to write; it must not exist.")
-    parser.add_argument("--dial", type=float, default=1.0, help="Factor on the outputs of the expanded blocks.")
+    parser.add_argument(
+        "--dial",
+        type=float | Literal["auto"],
+        default=1.0,
+        help="Factor on what was learned; auto: as fedbe dial chose.",
+    )
+    parser.add_argument("--retention", type=float, help="With --dial auto: keep at least this much.")
     options = parse(parser, arguments)
+    if problem := RunFolder.problem(options.to):
+        raise ConfigError(Problem("--to", str(options.to), problem.remedy))
+    if options.retention is not None and options.dial != "auto":
+        raise ConfigError(Problem("--retention", options.retention, "goes with --dial auto"))
+    factor = chosen_factor(options.run, options.retention) if options.dial == "auto" else options.dial
     model = options.run / "model" if (options.run / "model").is_dir() else options.run
-    report = rescale(model, options.to, options.dial)
-    print(f"{report.directory}: {report.reason}")
+    whole_run = RunFolder(options.run).config.is_file() and not (model / DESCRIPTION_FILE).is_file()
+    report = export_run(options.run, options.to, factor) if whole_run else rescale(model, options.to, factor)
+    print(f"{report.directory}: dial {factor:g}; {report.reason}")
 
 
 def pretrain_command(arguments: Sequence[str]) -> None:
@@ -151,8 +189,13 @@ def pretrain_command(arguments: Sequence[str]) -> None:
 
 
 def bench_command(arguments: Sequence[str]) -> None:
-    """Measure what federation costs on this machine: `overhead` (time) or `memory`."""
-    kinds = {"overhead": bench_overhead, "memory": bench_memory}
+    """Measure on this machine: `overhead` (time), `memory`, `fedit` (both, with LoRA), or the `cost-model`'s errors."""
+    kinds = {
+        "overhead": bench_overhead,
+        "memory": bench_memory,
+        "fedit": bench_fedit,
+        "cost-model": bench_cost_model,
+    }
     if not arguments or arguments[0] not in kinds:
         given = arguments[0] if arguments else None
         raise ConfigError(Problem("bench", given, f"say what to measure: {' or '.join(kinds)}"))
@@ -163,15 +206,14 @@ def bench_overhead(arguments: Sequence[str]) -> None:
     """Measure a run's wall time over a bare PyTorch loop that takes the same local steps, evaluation aside."""
     from tempfile import TemporaryDirectory
 
-    from fedbe.bench.overhead import measure_overhead
+    from fedbe.bench.overhead import UNEVALUATED, measure_overhead
     from fedbe.fit import build
 
     parser = bench_parser("overhead", bench_overhead.__doc__, rounds=10)
     options = parse(parser, arguments)
     with TemporaryDirectory() as folder:
-        settings = [f"--federation.rounds={options.rounds + 2}", f"--output={folder}/run", "--logger=none"]
-        quiet = ["--federation.evaluate_every_n_rounds=1000000", "--general_tasks=[]"]
-        run, config = read_run(run_parser("fit"), [f"--config={options.config}", *settings, *quiet])
+        settings = [f"--federation.rounds={options.rounds + 2}", f"--output={folder}/run", *UNEVALUATED]
+        run, config = read_run(run_parser("fit"), [f"--config={options.config}", *settings])
         print(measure_overhead(build(run, config), options.rounds))
 
 
@@ -193,6 +235,36 @@ def bench_memory(arguments: Sequence[str]) -> None:
     for result in results[1:]:
         ratio = result.peak_bytes / results[0].peak_bytes
         print(f"peak with {result.clients} clients over {results[0].clients}: {ratio:.3f}")
+
+
+def bench_fedit(arguments: Sequence[str]) -> None:
+    """Measure a FedIT run's wall time and peak memory over the same run written by hand with `peft`."""
+    from fedbe.bench.fedit import compare_memory, compare_time
+
+    parser = bench_parser("fedit", bench_fedit.__doc__, rounds=10)
+    parser.add_argument("--pairs", type=int, default=3, help="Pairs of processes to measure the memory of.")
+    options = parse(parser, arguments)
+    config = [f"--config={options.config}"]
+    print(compare_time(config, options.rounds))
+    print(compare_memory(config, options.pairs))
+
+
+def bench_cost_model(arguments: Sequence[str]) -> None:
+    """Measure time and memory of local steps that train different blocks, beside what the cost model predicts."""
+    from tempfile import TemporaryDirectory
+
+    from fedbe.bench.cost_model import measure_cost_model
+    from fedbe.fit import build
+
+    parser = ArgumentParser(prog="fedbe bench cost-model", description=bench_cost_model.__doc__, exit_on_error=False)
+    parser.add_argument("--config", type=Path, default=shipped_config("quickstart"), help="A run's configuration.")
+    parser.add_argument("--repeats", type=int, default=15, help="Steps to take the median of, per set of blocks.")
+    options = parse(parser, arguments)
+    if options.repeats < 1:
+        raise ConfigError(Problem("repeats", options.repeats, "give 1 or more"))
+    with TemporaryDirectory() as folder:
+        settings = [f"--config={options.config}", f"--output={folder}/run", "--logger=none", "--general_tasks=[]"]
+        print(measure_cost_model(build(*read_run(run_parser("fit"), settings)), options.repeats))
 
 
 def bench_parser(kind: str, description: str | None, rounds: int) -> ArgumentParser:
@@ -220,6 +292,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "fit": fit_command,
     "compare": compare_command,
     "partition": partition_command,
+    "dial": dial_command,
     "export": export_command,
     "pretrain": pretrain_command,
     "bench": bench_command,

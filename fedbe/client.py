@@ -1,7 +1,7 @@
 """ClientModule: the LightningModule of one client, around the one resident model."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -78,6 +78,7 @@ class ClientModule(L.LightningModule):
         optimizer: Builds the optimizer over exactly these parameters.
         schedule: Builds the learning-rate scheduler from an optimizer and the number of steps; ``None`` for none.
         objective: What this client minimises; ``None`` for the model's own loss.
+        watched: Groups of trained parameters, name → parameter names, whose gradients' size is measured.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class ClientModule(L.LightningModule):
         optimizer: OptimizerFactory,
         schedule: Callable[[Optimizer, int], LambdaLR] | None = None,
         objective: LocalObjective | None = None,
+        watched: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -96,6 +98,8 @@ class ClientModule(L.LightningModule):
         self._schedule = schedule
         self._objective = objective or LocalObjective()
         self._losses: list[Tensor] = []
+        self._watched = {unit: [model.get_parameter(name) for name in names] for unit, names in (watched or {}).items()}
+        self._gradient_norms: dict[str, list[Tensor]] = {unit: [] for unit in self._watched}
         freeze(model, trainable_names)
         set_training_modes(model, trainable_names)
 
@@ -104,7 +108,7 @@ class ClientModule(L.LightningModule):
         loss: Tensor = self.model(**batch, **forward_options(self.model)).loss
         self.samples_seen += len(next(iter(batch.values())))
         self._losses.append(loss.detach())
-        return self._objective.loss(loss)
+        return self._objective.loss(loss, batch)
 
     def configure_gradient_clipping(
         self,
@@ -112,7 +116,10 @@ class ClientModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients as the trainer says, then let the objective correct them."""
+        """Measure the gradients, clip them as the trainer says, then let the objective correct them."""
+        for unit, parameters in self._watched.items():
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self._gradient_norms[unit].append(torch.nn.utils.get_total_norm(gradients))
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._objective.correct_gradients(optimizer.param_groups[0]["lr"])
 
@@ -135,6 +142,20 @@ class ClientModule(L.LightningModule):
     def mean_loss(self) -> float:
         """Mean training loss over the local steps, in nats; NaN before the first."""
         return torch.stack(self._losses).mean().item() if self._losses else float("nan")
+
+    @property
+    def loss_change(self) -> tuple[float, float]:
+        """Training loss at the first and at the last local step, in nats; NaN before the first."""
+        return (self._losses[0].item(), self._losses[-1].item()) if self._losses else (float("nan"), float("nan"))
+
+    @property
+    def gradient_norms(self) -> dict[str, float]:
+        """Root mean square, over the local steps, of the norm of each watched group's gradient before clipping."""
+        return {
+            unit: torch.stack(norms).float().square().mean().sqrt().item()
+            for unit, norms in self._gradient_norms.items()
+            if norms
+        }
 
     def cpu(self) -> Self:
         """Stay where it is: Lightning would move the resident model to the CPU after each client's fit."""

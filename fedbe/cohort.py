@@ -1,7 +1,7 @@
 """Which clients take part in a round."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,15 +23,24 @@ class CohortSampler:
     size: int | float | Literal["all"]
     seed: int
 
-    def sample(self, client_ids: Sequence[str], experience: int, round_index: int) -> list[str]:
+    def sample(
+        self, client_ids: Sequence[str], experience: int, round_index: int, available: Collection[str] | None = None
+    ) -> list[str]:
         """Return the cohort in the order of `client_ids`, so that aggregation sums in a fixed order.
+
+        Args:
+            client_ids: All clients of the run.
+            experience: Index of the task of a sequence.
+            round_index: 0-based round.
+            available: Those that are there, ``None`` for all; if they are too few, all of them are taken.
 
         Raises:
             ConfigError: `size` is outside its range or larger than the number of clients.
         """
         count = cohort_count(self.size, len(client_ids))
         draw = torch.randperm(len(client_ids), generator=generator(self.seed, "cohort", experience, round_index))
-        return [client_ids[index] for index in sorted(draw[:count].tolist())]
+        there = [index for index in draw.tolist() if available is None or client_ids[index] in available]
+        return [client_ids[index] for index in sorted(there[:count])]
 
 
 def cohort_count(size: int | float | Literal["all"], clients: int, key: str = "cohort") -> int:

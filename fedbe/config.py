@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fedbe.aggregation import Mean, ServerOptimizer
 from fedbe.algorithms import Algorithm, BlockExpansion
+from fedbe.allocation import SimulatedClock
 from fedbe.callback import FederatedCallback
 from fedbe.client import OptimizerFactory, Schedule
 from fedbe.cohort import cohort_count
@@ -107,6 +108,7 @@ class RunConfig:
         general_tasks: What the base model could do, scored before and after to see what was kept.
         callbacks: Added to the standard ones; one of a standard class takes that one's place.
         trainer: Arguments of each client's `L.Trainer`; loggers, checkpoints and progress bars are the run's.
+        clock: The clients' simulated devices and the time they take; ``null`` to take each client's measured time.
         logger: ``wandb`` (offline unless a key is present), ``csv``, ``tensorboard``, ``none``, or a Lightning logger.
     """
 
@@ -121,6 +123,7 @@ class RunConfig:
     general_tasks: Sequence[GeneralTask] = ()
     callbacks: Sequence[FederatedCallback] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    clock: SimulatedClock | None = None
     logger: Literal["wandb", "csv", "tensorboard", "none"] | Logger = "wandb"
 
     @property
@@ -180,6 +183,17 @@ def check_pooling(algorithm: Algorithm, federation: Federation, options: Mapping
     return [Problem("trainer.max_steps", options.get("max_steps"), remedy)]
 
 
+def check_clock(clock: SimulatedClock | None, options: Mapping[str, Any], key: str = "clock") -> list[Problem]:
+    """Return the mistakes in the simulated clock, and what keeps it from knowing how long a client trains."""
+    if clock is None:
+        return []
+    problems = clock.check(key)
+    if "max_time" in options:
+        remedy = "simulated devices take a number of steps, not a time: give max_steps or max_epochs"
+        problems.append(Problem("trainer.max_time", options["max_time"], remedy))
+    return problems
+
+
 def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     """Return the mistakes in the sections of a `RunConfig` that are there; ``data`` may be missing.
 
@@ -197,6 +211,7 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     problems += check_combination(sections["algorithm"], client, sections["federation"])
     options = trainer_options(sections["trainer"])
     problems += check_trainer(options, model.dtype, client.schedule.name)
+    problems += check_clock(sections["clock"], options)
     problems += check_pooling(sections["algorithm"], sections["federation"], options)
     problems += check_tasks(sections["general_tasks"], "general_tasks")
     metrics = metric_paths([task.name for task in sections["general_tasks"]])

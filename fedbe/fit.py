@@ -22,6 +22,7 @@ from fedbe.errors import ConfigError, Problem
 from fedbe.loop import FederatedLoop
 from fedbe.run_folder import RunFolder
 from fedbe.seeding import derive_seed, isolated_rng
+from fedbe.simulation import capabilities_of
 from fedbe.trainer import QUIET, trainer_options
 
 STANDARD_CALLBACKS = (
@@ -97,6 +98,7 @@ def build(run: RunConfig, config: Mapping[str, Any]) -> FederatedLoop:
         logger=build_logger(run, folder),
         seed=run.seed,
         config=config,
+        measure=capabilities_of(run.clock, run.client.optimizer, options) if run.clock else None,
     )
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -17,19 +12,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-import fedbe
 from fedbe.aggregation import Mean, ServerOptimizer
 from fedbe.algorithms.base import Algorithm
+from fedbe.allocation import Capabilities
 from fedbe.callback import FederatedCallback
 from fedbe.cohort import CohortSampler
-from fedbe.data import FederatedDataModule
+from fedbe.data import Batch, FederatedDataModule
 from fedbe.engines.base import Engine
 from fedbe.errors import UpdateError
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.evaluation.personalised import summarise_clients
 from fedbe.evaluation.tasks import GeneralTask
+from fedbe.machine import peak_rss_bytes, versions
 from fedbe.objectives import Objective
 from fedbe.run_folder import RunFolder
+from fedbe.timing import RoundTiming
 from fedbe.update import ClientTask, Update, copy_tensors, load_tensors
 
 
@@ -76,7 +73,10 @@ class FederatedLoop:
         history: The records of completed rounds; the first is round 0, the base model.
         summary: What `summary.json` will hold.
         stop_reason: Why the run ended; ``None`` while it goes on.
-        simulated_seconds: Time that clients working side by side would have taken: each round its slowest client.
+        measure: Counts, on the prepared model, what clients can afford; ``None`` where their devices are not simulated.
+        capabilities: What `measure` returned.
+        simulated_seconds: Time that clients working side by side would have taken: each round until the server went
+            on. By the clients' simulated devices, or else each client's measured time.
     """
 
     model: PreTrainedModel
@@ -95,6 +95,7 @@ class FederatedLoop:
     logger: Logger | None = None
     seed: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
+    measure: Callable[[FederatedLoop], Capabilities] | None = None
 
     experience: int = 0
     progress: Progress = field(default_factory=Progress)
@@ -106,6 +107,8 @@ class FederatedLoop:
     summary: dict[str, Any] = field(default_factory=dict)
     stop_reason: str | None = None
     simulated_seconds: float = 0.0
+    capabilities: Capabilities | None = None
+    _inputs: Batch = field(default_factory=dict, repr=False)
     _started: float = field(default_factory=time.perf_counter, repr=False)
 
     def run(self) -> dict[str, Any]:
@@ -144,13 +147,17 @@ class FederatedLoop:
         """Prepare the general tasks on the base model, then turn it into the resident model."""
         for task in self.general_tasks:
             task.prepare(self.model, self.tokenizer, self.seed)
-        inputs = next(iter(self.data.val_dataloader()))
-        self.algorithm.seed = self.seed
+        self.objective.prepare(self.model, self.tokenizer, self.seed)
         # Two samples are enough to compare outputs on, and the logits of a whole batch may be gigabytes.
-        self.algorithm.prepare(self.model, {name: x[:2].to(self.model.device) for name, x in inputs.items()})
+        inputs = next(iter(self.data.val_dataloader()))
+        self._inputs = {name: x[:2].to(self.model.device) for name, x in inputs.items()}
+        self.algorithm.seed, self.algorithm.tokenizer = self.seed, self.tokenizer
+        probed = self.algorithm.probed(self.data.client_ids)
+        self.algorithm.place([self.engine.probe(client_id) for client_id in probed])
+        self.algorithm.prepare(self.model, self._inputs)
         self.state = copy_tensors(self.model, self.algorithm.state_names)
-        trained = set(self.algorithm.trainable_names)
-        self.objective.setup({n: t for n, t in self.state.items() if n in trained}, len(self.data.client_ids))
+        self.objective.setup(self._trained_state(), len(self.data.client_ids))
+        self._measure_capabilities()
 
     def on_run_start(self) -> None:
         """Create the run's folder and score the base model on all that is measured, as round 0."""
@@ -164,14 +171,14 @@ class FederatedLoop:
     def advance(self) -> None:
         """Run one round."""
         self.progress.started += 1
-        cohort = self.sampler.sample(self.data.client_ids, self.experience, self.round_index)
-        allocation = self.algorithm.allocate(cohort, self.round_index)
+        allocation = self.algorithm.allocate(self._cohort(), self.round_index)
         self.record = self._new_record(self.progress.started, allocation)
         self.call("on_round_start")
         self._train(allocation)
         if self.progress.started % self.evaluate_every_n_rounds == 0 or self.progress.started == self.rounds:
             self._score_round()
         self.call("on_round_end")
+        self._grow()
         self.progress.completed += 1
         if self.progress.completed >= self.rounds:
             self.stop(f"all {self.rounds} rounds are done")
@@ -202,7 +209,13 @@ class FederatedLoop:
         self.call("on_run_written")
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Make these the global tensors, in `state` and in the model."""
+        """Make these the global tensors, in `state` and in the model.
+
+        Raises:
+            ValueError: They are not this model's: it has grown since.
+        """
+        if state.keys() != set(self.algorithm.state_names):
+            raise ValueError("these tensors are of a model with other blocks: a run that grows cannot go back to them")
         self.state = dict(state)
         load_tensors(self.model, self.state)
 
@@ -255,6 +268,7 @@ class FederatedLoop:
         self.stop_reason = state["stop_reason"]
         self.simulated_seconds = state["simulated_seconds"]
         self.algorithm.load_state_dict(state["algorithm"])
+        self._measure_capabilities()
         for callback, callback_state in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(callback_state)
 
@@ -268,23 +282,54 @@ class FederatedLoop:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
 
+    def _measure_capabilities(self) -> None:
+        """Count on the model as it is now what clients can afford, where their devices are simulated."""
+        if self.measure is not None:
+            self.capabilities = self.algorithm.capabilities = self.measure(self)
+
+    def _cohort(self) -> list[str]:
+        clients = self.data.client_ids
+        there = None if self.capabilities is None else self.capabilities.available(clients, self.round_index)
+        return self.sampler.sample(clients, self.experience, self.round_index, there)
+
     def _train(self, allocation: Mapping[str, tuple[str, ...]]) -> None:
         aggregator = self.algorithm.aggregator(self.state)
-        slowest, trained = 0.0, set[str]()
+        timing, trained = RoundTiming(self.capabilities), set[str]()
         for task, update in self.engine.train(self._tasks(allocation)):
             self.call("on_client_end", task, update)
             if not update.tensors and not update.kept:
                 raise UpdateError(f"client {update.client_id!r} neither sent nor kept a tensor")
+            if not timing.in_time(task, update):
+                continue
             aggregator.add(update)
+            self.algorithm.observe(task, update)
             self.objective.receive(update)
             self._keep(update)
             trained.update(update.tensors)
-            slowest = max(slowest, update.metrics.get("seconds", 0.0))
-        self.simulated_seconds += slowest
+        self.record |= {"client_seconds": timing.seconds, "late": timing.late}
+        self.simulated_seconds += timing.round_seconds
         new_state = self.server_optimizer.step(self.state, aggregator.result(), trained)
         self.objective.step()
         self.call("on_aggregate", new_state)
         self.restore(new_state)
+
+    def _grow(self) -> None:
+        """Let the algorithm change the model's structure; whatever names its tensors follows."""
+        renamed = self.algorithm.grow(self.model, self._inputs, self.record)
+        if renamed is None:
+            return
+        state = {renamed.get(name, name): tensor for name, tensor in self.state.items()}
+        new = copy_tensors(self.model, set(self.algorithm.state_names) - state.keys())
+        self.state = {name: (state | new)[name] for name in self.algorithm.state_names}
+        for owned in (self.kept, self.objective_kept):
+            owned.update({who: {renamed.get(n, n): t for n, t in kept.items()} for who, kept in owned.items()})
+        self.server_optimizer.rename(renamed)
+        self.objective.rename(renamed, self._trained_state())
+        self._measure_capabilities()
+
+    def _trained_state(self) -> dict[str, Tensor]:
+        trained = set(self.algorithm.trainable_names)
+        return {name: tensor for name, tensor in self.state.items() if name in trained}
 
     def _keep(self, update: Update) -> None:
         if update.kept:
@@ -295,8 +340,14 @@ class FederatedLoop:
     def _tasks(self, allocation: Mapping[str, tuple[str, ...]]) -> Iterator[ClientTask]:
         units = self.algorithm.units()
         for client_id, names in allocation.items():
-            trainable = tuple(name for unit in names for name in units[unit])
-            task = self._task(client_id, trainable)
+            task = self._task(client_id, tuple(name for unit in names for name in units[unit]))
+            if self.capabilities is not None:
+                task = replace(task, max_steps=self.capabilities.max_steps(task))
+                if lacking := self.capabilities.lacking_memory(task):
+                    self.record["lacking_memory"][client_id] = lacking
+            if not names or task.max_steps == 0:
+                self.record["idle"].append(client_id)
+                continue
             self.call("on_client_start", task)
             yield task
 
@@ -326,6 +377,11 @@ class FederatedLoop:
             "wall_seconds": None,
             "cohort": list(allocation),
             "allocation": {client_id: list(names) for client_id, names in allocation.items()},
+            "explanation": self.algorithm.explanation(),
+            "client_seconds": {},
+            "idle": [],
+            "late": [],
+            "lacking_memory": {},
             "failures": [],
         }
 
@@ -356,25 +412,3 @@ class FederatedLoop:
     def _downstream(self, batches: DataLoader[Any]) -> dict[str, float]:
         score = evaluate_downstream(self.model, batches)
         return {"accuracy": score.accuracy, "loss": score.loss}
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what `getrusage` says is inherited from the process that started this one
-        return memory_line(status, "VmHWM")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def memory_line(status: Path, name: str) -> int:
-    """Return one figure of a process's status file under ``/proc``, in bytes."""
-    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a result."""
-    packages = ("torch", "transformers", "lightning", "datasets")
-    own = {"fedbe": fedbe.__version__, "python": platform.python_version()}
-    return own | {name: version(name) for name in packages}

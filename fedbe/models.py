@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from fedbe.errors import ConfigError, Problem
 from fedbe.expansion import enable_gradient_checkpointing
 
 MICRO = "fedbe:micro"
+PACKAGE = "package:"
 
 _AUTO_CLASSES: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
@@ -38,7 +40,8 @@ class BaseModel:
     """Which pre-trained model to start from.
 
     Attributes:
-        name: A Hugging Face Hub name, a local checkpoint folder, or ``fedbe:micro``, the small model that comes along.
+        name: A Hugging Face Hub name, a local checkpoint folder, ``fedbe:micro``, the small model that comes along, or
+            ``package:NAME/FOLDER``, a folder inside an installed Python package.
         task: The model's head; a classifier's is new and trained along with the blocks.
         dtype: Type of the resident weights.
         attention: Attention implementation of `transformers`; ``null`` for its default.
@@ -55,8 +58,14 @@ class BaseModel:
 
     @property
     def path(self) -> str:
-        """What `from_pretrained` is given."""
-        return str(micro_path()) if self.name == MICRO else self.name
+        """What `from_pretrained` is given.
+
+        Raises:
+            ConfigError: The package that holds the model is not installed.
+        """
+        if self.name == MICRO:
+            return str(micro_path())
+        return str(packaged_path(self.name)) if self.name.startswith(PACKAGE) else self.name
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -70,7 +79,8 @@ class BaseModel:
             return config
         except (OSError, ValueError, KeyError) as error:
             kind = "folder" if Path(self.path).exists() else "model"
-            reason = str(error).strip().splitlines()[0]
+            absent = Path(self.path).is_absolute() or self.path.startswith(".")
+            reason = "there is no such folder" if absent and kind == "model" else str(error).strip().splitlines()[0]
             remedy = f"no such {kind} can be loaded ({reason}); give a Hub name, a checkpoint folder, or {MICRO}"
             raise ConfigError(Problem("model.name", self.name, remedy)) from error
 
@@ -139,6 +149,20 @@ class BaseModel:
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         return model
+
+
+def packaged_path(name: str) -> Path:
+    """Return the folder that ``package:NAME/FOLDER`` names; the package's code is not run.
+
+    Raises:
+        ConfigError: The package is not installed.
+    """
+    package, _, folder = name.removeprefix(PACKAGE).partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        remedy = f"the package is not installed: pip install {package.replace('_', '-')}"
+        raise ConfigError(Problem("model.name", name, remedy))
+    return Path(spec.submodule_search_locations[0]) / folder
 
 
 def forward_options(model: PreTrainedModel) -> dict[str, bool]:

@@ -92,5 +92,7 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary`."""
-        self.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        """Write `summary`, whole or not at all."""
+        partial = self.summary.with_suffix(".partial")
+        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, self.summary)

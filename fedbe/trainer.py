@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,22 @@ def trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("max_steps", -1) == -1 and "max_time" not in options:
         options.setdefault("max_epochs", 1)
     return options
+
+
+def local_steps(options: Mapping[str, Any], batches: int) -> int:
+    """Return how many optimizer steps a client takes in a round.
+
+    Args:
+        options: The arguments of its `L.Trainer`: ``max_steps``, ``max_epochs``, ``limit_train_batches`` and
+            ``accumulate_grad_batches`` count.
+        batches: Number of its batches.
+    """
+    limit = options.get("limit_train_batches", 1.0)
+    batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
+    per_epoch = math.ceil(batches / options.get("accumulate_grad_batches", 1))
+    steps, epochs = options.get("max_steps", -1), options.get("max_epochs", -1)
+    limits = [steps] if steps > 0 else []
+    return int(min([*limits, *([epochs * per_epoch] if epochs > 0 else [])]))
 
 
 def check_trainer(options: Mapping[str, Any], dtype: str, schedule: str) -> list[Problem]:

@@ -20,6 +20,7 @@ class ClientTask:
         kept: What it kept to itself when it took part before; empty at first. Does not travel.
         extra: What it downloads besides for its local objective, for example control variates.
         objective_kept: What its local objective kept when it took part before. Does not travel.
+        max_steps: Most local steps it may take; ``None`` for as many as the trainer's options say.
     """
 
     client_id: str
@@ -30,6 +31,7 @@ class ClientTask:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     objective_kept: Mapping[str, Tensor] = field(default_factory=dict)
+    max_steps: int | None = None
 
     @property
     def purpose(self) -> tuple[str | int, ...]:
@@ -45,7 +47,8 @@ class Update:
         client_id: The sender.
         tensors: The trained tensors by exact parameter name.
         samples: Number of samples really seen, counted in the training step.
-        metrics: Scalars, for example the mean training ``loss`` and the measured ``seconds``.
+        metrics: Scalars: the mean training ``loss``, ``first_loss`` and ``last_loss``, the measured ``seconds``, and
+            ``gradient_norm/<unit>`` where the algorithm asks for it.
         kept: What the client keeps to itself for the next time. Does not travel.
         extra: What it sends besides for its local objective.
         objective_kept: What its local objective keeps for the next time. Does not travel.

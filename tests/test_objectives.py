@@ -9,7 +9,7 @@ from fedbe.callbacks import CheckpointCallback, load_checkpoint
 from fedbe.config import Client, Federation, check_combination
 from fedbe.errors import UpdateError
 from fedbe.objectives import FedProx, Plain, Scaffold
-from fedbe.update import Update
+from fedbe.update import ClientTask, Update
 
 
 def sgd(parameters):
@@ -22,6 +22,10 @@ def toy_with(folder, objective, **changes):
     return loop
 
 
+def task(names, extra=(), kept=()):
+    return ClientTask("client", 0, 0, {}, tuple(names), extra=dict(extra), objective_kept=dict(kept))
+
+
 def one_weight(value):
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, value)
@@ -30,18 +34,18 @@ def one_weight(value):
 
 def test_plain_leaves_loss_and_gradients_alone():
     model = one_weight(1.0)
-    local = Plain().local(model, ["weight"], {}, {})
+    local = Plain().local(model, task(["weight"]))
     model.weight.grad = torch.full((1, 1), 3.0)
     local.correct_gradients(0.1)
-    assert local.loss(torch.tensor(5.0)).item() == 5.0 and model.weight.grad.item() == 3.0
+    assert local.loss(torch.tensor(5.0), {}).item() == 5.0 and model.weight.grad.item() == 3.0
 
 
 def test_fedprox_adds_half_mu_times_the_squared_distance():
     model = one_weight(1.0)
-    local = FedProx(mu=0.5).local(model, ["weight"], {}, {})
+    local = FedProx(mu=0.5).local(model, task(["weight"]))
     with torch.no_grad():
         model.weight.fill_(4.0)
-    loss = local.loss(torch.tensor(2.0))
+    loss = local.loss(torch.tensor(2.0), {})
     loss.backward()
     assert loss.item() == 2.0 + 0.25 * 9.0
     assert model.weight.grad.item() == 0.5 * 3.0
@@ -62,7 +66,7 @@ def test_fedprox_holds_clients_near_the_global_model(tmp_path):
 def test_one_scaffold_client_by_hand():
     model = one_weight(1.0)
     server, own = {"weight": torch.full((1, 1), 0.5)}, {"weight": torch.full((1, 1), 0.2)}
-    local = Scaffold().local(model, ["weight"], server, own)
+    local = Scaffold().local(model, task(["weight"], server, own))
     for gradient in (2.0, 1.0):
         model.weight.grad = torch.full((1, 1), gradient)
         local.correct_gradients(0.1)

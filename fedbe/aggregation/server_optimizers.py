@@ -35,6 +35,10 @@ class ServerOptimizer:
         """Return the tensors that it takes to continue a run, by name."""
         return {}
 
+    def rename(self, renamed: Mapping[str, str]) -> None:
+        """Follow parameters that have new names, old → new."""
+        return None
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a `state_dict`."""
 
@@ -75,6 +79,10 @@ class _WithMoments(ServerOptimizer, ABC):
             moments: The tensor's moments by name; empty at its first step.
         """
 
+    def rename(self, renamed: Mapping[str, str]) -> None:
+        """Keep each parameter's moments under its new name."""
+        self.moments = {renamed.get(name, name): moments for name, moments in self.moments.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the moments, named ``<moment>:<parameter>``."""
         return {f"{kind}:{name}": t for name, moments in self.moments.items() for kind, t in moments.items()}
@@ -90,11 +98,17 @@ class _WithMoments(ServerOptimizer, ABC):
 class FedAvgM(_WithMoments):
     """Server momentum: m ← βm + D, w ← w + ηm.
 
+    m is a sum of the updates, as in SGD with momentum on −D, and not their mean, as in the adaptive rules below: D
+    comes in without a factor 1 − β. The mean's form is the same rule with the rate η(1 − β). An update that stays the
+    same moves the model by ηD/(1 − β) a round in the end, at the defaults ten times as far as `Mean` does.
+
     Args:
         momentum: β, in [0, 1).
         learning_rate: η, positive.
 
-    Source: arXiv 1909.06335; the form of SGD with momentum in arXiv 2003.00295.
+    Source: arXiv 1909.06335, where FedAvgM comes from: v ← βv + Δw, w ← w − v, with Δw = −D and η = 1. In arXiv
+    2003.00295 it is algorithm 1 with SGD with momentum for the server's optimizer; the form with 1 − β₁ stands in its
+    algorithm 2, that of the adaptive rules. Public code (Flower) has the sum too.
     """
 
     def __init__(self, momentum: float = 0.9, learning_rate: float = 1.0) -> None:

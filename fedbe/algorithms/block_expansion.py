@@ -1,7 +1,9 @@
 """Block expansion: every client trains every expanded block, the base stays frozen."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.algorithms.blocks import BlockAlgorithm
@@ -14,6 +16,8 @@ from fedbe.expansion import (
     expand_blocks,
     save_model,
 )
+from fedbe.expansion.identity import dialled
+from fedbe.expansion.placement import check_positions
 
 
 class BlockExpansion(BlockAlgorithm):
@@ -48,20 +52,24 @@ class BlockExpansion(BlockAlgorithm):
         self._expansion = expand_blocks(model, self.positions, inputs=inputs)
         self._set_units(model, block_parameter_names(model, self.expansion))
 
+    @property
+    def dialled_names(self) -> tuple[str, ...]:
+        """Exact names of the parameters that decide how much the blocks write: the targets of their identity rule."""
+        stack, targets = self.expansion.blocks_path, self.expansion.rule.targets
+        paths = [f"{stack}.{index}.{target}" for index in self.expansion.expanded_indices for target in targets]
+        # With a dot behind, so that a name lies under the path: `down_proj` is not `down_proj_2`.
+        return tuple(name for name in self.state_names if f"{name}.".startswith(tuple(f"{path}." for path in paths)))
+
+    def dial(self, start: Mapping[str, Tensor], state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """Return the global tensors with what the blocks write scaled: where they start is known, `start` not needed.
+
+        Source: ours; see `IdentityRule`.
+        """
+        moved, shift = frozenset(self.dialled_names), self.expansion.rule.shift
+        return {name: dialled(tensor, shift, factor) if name in moved else tensor for name, tensor in state.items()}
+
     def export(
         self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None
     ) -> ExportReport:
         """Write the expanded model, with `fedbe.json` beside it so that its dial can be turned later."""
         return save_model(model, self.expansion, directory, tokenizer)
-
-
-def check_positions(positions: list[int] | int, depth: int, key: str) -> list[Problem]:
-    """Return a problem when these blocks, or so many, are not among `depth` blocks."""
-    if isinstance(positions, int):
-        if 1 <= positions <= depth:
-            return []
-        return [Problem(key, positions, f"a number of blocks lies between 1 and the depth, {depth}")]
-    if positions and all(0 <= position < depth for position in positions):
-        return []
-    remedy = f"give at least one block, each from 0 to {depth - 1}: the base model has {depth} blocks"
-    return [Problem(key, positions, remedy)]

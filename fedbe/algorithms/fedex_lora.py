@@ -22,7 +22,7 @@ class FedExLoRA(MergingLoRA):
         alpha: An adapter adds alpha/r·BA.
         options: See `LoRA`.
 
-    Source: FedEx-LoRA (arXiv 2410.09432); alpha and what travels when are ours.
+    Source: FedEx-LoRA (arXiv 2410.09432) for the residual and the rank (C); alpha and what travels when are ours (R).
     """
 
     def __init__(self, rank: int = 4, alpha: float = 8.0, **options: Any) -> None:

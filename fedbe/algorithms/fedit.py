@@ -16,7 +16,7 @@ class FedIT(LoRA):
         dropout: Rate of the dropout before A, in training.
         options: See `LoRA`.
 
-    Source: FedIT (arXiv 2305.05644); defaults as seen in public code.
+    Source: FedIT (arXiv 2305.05644), rule and defaults (C).
     """
 
     def __init__(self, rank: int = 16, alpha: float = 16.0, dropout: float = 0.05, **options: Any) -> None:

@@ -20,7 +20,7 @@ class FedSALoRA(LoRA):
     ever sent, and a client that takes part for the first time starts with B = 0. All clients have one rank. A task
     head is shared like A.
 
-    Source: FedSA-LoRA (arXiv 2410.01463); the model evaluated as the global one is ours.
+    Source: FedSA-LoRA (arXiv 2410.01463) (C); the model evaluated as the global one is ours (R).
     """
 
     personalised = True

@@ -8,7 +8,7 @@ class FFALoRA(LoRA):
 
     A is drawn from the run's seed, which server and clients share: it never travels. All clients have one rank.
 
-    Source: FFA-LoRA (arXiv 2403.12313).
+    Source: FFA-LoRA (arXiv 2403.12313) (C).
     """
 
     @property

@@ -15,7 +15,7 @@ class FlexLoRA(JointLoRA):
     The global model is the approximation of the largest rank among the clients; a smaller client's is part of it,
     with B rescaled from the one s to the other. Singular values of zero leave A's row as it was, with B = 0.
 
-    Source: FlexLoRA (arXiv 2402.11505); keeping the largest client rank and no more is ours.
+    Source: FlexLoRA (arXiv 2402.11505) (C); keeping the largest client rank and no more is ours (R).
     """
 
     mixed_ranks: ClassVar[bool] = True

@@ -24,7 +24,7 @@ class FLoRA(MergingLoRA):
         alpha: An adapter of rank r adds alpha/r·BA.
         options: See `LoRA`.
 
-    Source: FLoRA (arXiv 2409.05976); the shared draw of new adapters is ours.
+    Source: FLoRA (arXiv 2409.05976) (C); the shared draw of new adapters is ours (R).
     """
 
     mixed_ranks: ClassVar[bool] = True

@@ -30,7 +30,8 @@ class HetLoRA(JointLoRA):
         penalty: λ, the weight of the tail in the local loss.
         options: See `LoRA`.
 
-    Source: HetLoRA (arXiv 2401.06432); when a client prunes, the shared s and the weight across layers are our reading.
+    Source: HetLoRA (arXiv 2401.06432) for padding, weights, penalty and their defaults (C); when a client prunes, the
+    shared s and one weight across layers are our reading (R).
     """
 
     mixed_ranks: ClassVar[bool] = True

@@ -50,6 +50,7 @@ class LoRA(Algorithm):
         ranks: Ranks per client, for methods that allow them: by client name (the others have `rank`), or a list from
             which each client has one, by a hash of its name.
         export: ``merged`` into a plain checkpoint, or a `peft` ``adapter``.
+        first_block: The lowest block (from 0) whose layers are adapted; 1 leaves the block that a gate sees as it is.
 
     Source: LoRA (arXiv 2106.09685).
     """
@@ -65,9 +66,11 @@ class LoRA(Algorithm):
         target_modules: Targets = "all-linear",
         ranks: Ranks = None,
         export: Literal["merged", "adapter"] = "merged",
+        first_block: int = 0,
     ) -> None:
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.target_modules, self.ranks, self.export_as = target_modules, ranks, export
+        self.first_block = first_block
         self._adapters: tuple[Adapter, ...] = ()
         self._head: tuple[str, ...] = ()
 
@@ -77,6 +80,11 @@ class LoRA(Algorithm):
         if not self._adapters:
             raise RuntimeError("`adapters` are known after `prepare` has been called")
         return self._adapters
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Exact names of the adapted layers."""
+        return tuple(adapter.weight.removesuffix(".base_layer.weight") for adapter in self.adapters)
 
     @property
     def max_rank(self) -> int:
@@ -116,6 +124,8 @@ class LoRA(Algorithm):
             problems.append(Problem(f"{key}.dropout", self.dropout, "a rate lies in [0, 1)"))
         if self.target_modules == []:
             problems.append(Problem(f"{key}.target_modules", [], "name a layer, or write `all-linear`"))
+        if not 0 <= self.first_block < depth:
+            problems.append(Problem(f"{key}.first_block", self.first_block, f"give a block from 0 to {depth - 1}"))
         if self.export_as == "adapter" and self.changes_base:
             remedy = f"{type(self).__name__} changes the base weights, which an adapter does not hold: write `merged`"
             problems.append(Problem(f"{key}.export", self.export_as, remedy))
@@ -129,7 +139,7 @@ class LoRA(Algorithm):
         rank = self.max_rank
         # peft says `int`, and only divides by the rank.
         config = LoraConfig(r=rank, lora_alpha=self.alpha, lora_dropout=self.dropout)  # type: ignore[arg-type]
-        self._adapters = inject(model, target_names(model, self.target_modules), config, inputs)
+        self._adapters = inject(model, target_names(model, self.target_modules, self.first_block), config, inputs)
         load_tensors(model, {adapter.a: self.start(model, adapter) for adapter in self._adapters})
         set_scaling(model, self.scaling(rank))
 
@@ -147,6 +157,12 @@ class LoRA(Algorithm):
     def trainable_names(self) -> tuple[str, ...]:
         """Exact names of the factors and of a new task head."""
         return (*self.factor_names, *self._head)
+
+    @property
+    def dialled_names(self) -> tuple[str, ...]:
+        """Exact names of every B, which starts at zero, and of base weights that the method changes; A stays."""
+        still = {*(adapter.a for adapter in self.adapters), *self._head}
+        return tuple(name for name in self.state_names if name not in still)
 
     def cut(self, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         """Return tensors with each factor among them cut to `rank`."""

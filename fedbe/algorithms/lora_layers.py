@@ -49,20 +49,22 @@ class Adapter:
         return change.T if self.transposed else change
 
 
-def target_names(model: PreTrainedModel, targets: Targets, key: str = "algorithm") -> list[str]:
+def target_names(model: PreTrainedModel, targets: Targets, first_block: int = 0, key: str = "algorithm") -> list[str]:
     """Return the exact names of the linear layers inside the blocks that get an adapter.
 
     Args:
         model: The base model.
         targets: ``"all-linear"``; ``"attention"``, those inside a module whose class is named so; the last parts of
             names; or ``None`` for what `peft` has for the architecture, else all.
+        first_block: The lowest block (from 0) whose layers count.
         key: Where the algorithm is in the configuration.
 
     Raises:
         ConfigError: A name fits no linear layer of the blocks.
     """
     stack = find_blocks(model)
-    layers = {f"{stack.path}.{name}": module for name, module in stack.blocks.named_modules()}
+    blocks = list(stack.blocks.named_children())[first_block:]
+    layers = {f"{stack.path}.{i}.{name}": module for i, block in blocks for name, module in block.named_modules()}
     linear = [name for name, module in layers.items() if isinstance(module, nn.Linear | Conv1D)]
     if targets is None:
         known = PEFT_TARGETS.get(stack.model_type)

@@ -35,7 +35,8 @@ class SLoRA(LoRA):
         density: Part of the target layers' weights that stage 1 trains.
         options: See `LoRA`.
 
-    Source: SLoRA (arXiv 2308.06522); the even split of Σ and the number of rounds are ours.
+    Source: SLoRA (arXiv 2308.06522) for the two stages and the density (C); the even split of Σ and the number of
+    rounds are ours (R).
     """
 
     def __init__(

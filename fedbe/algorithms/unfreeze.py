@@ -4,11 +4,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedbe.algorithms.block_expansion import check_positions
 from fedbe.algorithms.blocks import BlockAlgorithm
 from fedbe.data import Batch
 from fedbe.errors import ConfigError, Problem
 from fedbe.expansion import ExportReport, resolve_positions, save_plain, stack_parameter_names
+from fedbe.expansion.placement import check_positions
 
 
 class Unfreeze(BlockAlgorithm):

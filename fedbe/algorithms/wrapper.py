@@ -1,6 +1,6 @@
 """What algorithms have in common that change who trains on what, and leave to another one what is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.aggregation import Aggregator
 from fedbe.algorithms.base import Algorithm
+from fedbe.allocation import Capabilities
 from fedbe.data import Batch
 from fedbe.errors import Problem
 from fedbe.expansion import ExportReport
-from fedbe.update import ClientTask
+from fedbe.expansion.probe import ProbeReport
+from fedbe.update import ClientTask, Update
 
 
 class Wrapper(Algorithm):
@@ -32,9 +34,47 @@ class Wrapper(Algorithm):
         """Return the mistakes in the other algorithm's configuration."""
         return self.algorithm.check(depth, f"{key}.init_args.algorithm")
 
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.algorithm.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.algorithm.seed = seed
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base model's tokenizer."""
+        return self.algorithm.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.algorithm.tokenizer = tokenizer
+
+    @property
+    def capabilities(self) -> Capabilities | None:
+        """What clients can afford."""
+        return self.algorithm.capabilities
+
+    @capabilities.setter
+    def capabilities(self, capabilities: Capabilities | None) -> None:
+        self.algorithm.capabilities = capabilities
+
+    def probed(self, client_ids: Sequence[str]) -> Sequence[str]:
+        """Return the clients that look at the base model before `prepare`."""
+        return self.algorithm.probed(client_ids)
+
+    def probe(self, model: PreTrainedModel, client_id: str, batches: Iterator[Batch]) -> ProbeReport:
+        """Return what a client reports of the base model."""
+        return self.algorithm.probe(model, client_id, batches)
+
+    def place(self, reports: Sequence[ProbeReport]) -> None:
+        """Take in the reports of the clients that were asked."""
+        self.algorithm.place(reports)
+
     def prepare(self, model: PreTrainedModel, inputs: Batch) -> None:
         """Prepare the other algorithm."""
-        self.algorithm.seed = self.seed
         self.algorithm.prepare(model, inputs)
 
     @property
@@ -42,10 +82,40 @@ class Wrapper(Algorithm):
         """Exact names of all parameters that any client may train."""
         return self.algorithm.trainable_names
 
+    def explanation(self) -> dict[str, Any]:
+        """Return why the last allocation is what it is."""
+        return self.algorithm.explanation()
+
+    def watched(self, trainable_names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+        """Return the units whose gradients a client measures."""
+        return self.algorithm.watched(trainable_names)
+
+    def observe(self, task: ClientTask, update: Update) -> None:
+        """Take in what a client's update says besides its tensors."""
+        self.algorithm.observe(task, update)
+
+    def grow(self, model: PreTrainedModel, inputs: Batch, record: Mapping[str, Any]) -> Mapping[str, str] | None:
+        """Change the resident model's structure after a round, but none of its outputs."""
+        return self.algorithm.grow(model, inputs, record)
+
     @property
     def state_names(self) -> tuple[str, ...]:
         """Exact names of all parameters that make up the global state."""
         return self.algorithm.state_names
+
+    @property
+    def has_dial(self) -> bool:
+        """Whether the dial has a meaning: for the other algorithm, and for the way in which it is trained."""
+        return super().has_dial and self.algorithm.has_dial
+
+    @property
+    def dialled_names(self) -> tuple[str, ...]:
+        """Exact names of the global tensors that the dial moves."""
+        return self.algorithm.dialled_names
+
+    def dial(self, start: Mapping[str, Tensor], state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+        """Return the global tensors with a part of what fine-tuning added."""
+        return self.algorithm.dial(start, state, factor)
 
     def units(self) -> dict[str, tuple[str, ...]]:
         """Return the units of allocation."""

@@ -3,19 +3,23 @@
 import ctypes
 import gc
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ParamSpec, TypeVar
 
 from fedbe.bench.display import without_display
 from fedbe.callback import FederatedCallback
 from fedbe.fit import build
-from fedbe.loop import FederatedLoop, memory_line, peak_rss_bytes
+from fedbe.loop import FederatedLoop
+from fedbe.machine import memory_line, peak_rss_bytes
 from fedbe.run_parser import read_run, run_parser
 
 MIB = 2**20
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,13 @@ def measure_memory(arguments: Sequence[str], clients: int) -> MemoryUse:
         arguments: As given to ``fedbe fit``.
         clients: Number of clients; the training data is dealt to them evenly.
     """
+    return in_fresh_process(_run, list(arguments), clients)
+
+
+def in_fresh_process(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Return what a function of a module returns in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_run, list(arguments), clients).result()
+        return pool.submit(function, *arguments, **options).result()
 
 
 def _run(arguments: list[str], clients: int) -> MemoryUse:

@@ -3,17 +3,19 @@
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from typing import TypeVar
 
 import lightning as L
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from fedbe.bench.display import without_display
 from fedbe.callback import FederatedCallback
+from fedbe.data import Batch
 from fedbe.engines import InProcessEngine
 from fedbe.errors import ConfigError, Problem
 from fedbe.expansion import freeze, set_training_modes
@@ -23,26 +25,31 @@ from fedbe.update import ClientTask, Update, copy_tensors
 
 T = TypeVar("T")
 
+UNEVALUATED = ("--federation.evaluate_every_n_rounds=1000000", "--general_tasks=[]", "--logger=none")
+"""Arguments of a run that scores nothing between its first round and its last."""
+
 
 @dataclass(frozen=True)
 class Overhead:
-    """Result of `measure_overhead`.
+    """What rounds of a run took, and what a reference took for the same.
 
     Attributes:
         federated_seconds: Wall time of each round, evaluation aside.
-        bare_seconds: Wall time of the same round's local steps in a bare PyTorch loop.
+        bare_seconds: Wall time of the reference for the same round.
         client_runs: Clients trained in all rounds together.
-        largest_difference: Largest absolute difference between a tensor that a client sent and the bare loop's.
+        largest_difference: Largest absolute difference between the run's tensors and the reference's.
+        reference: What the reference is, in at most 15 characters.
     """
 
     federated_seconds: tuple[float, ...]
     bare_seconds: tuple[float, ...]
     client_runs: int
     largest_difference: float
+    reference: str = "bare PyTorch"
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Federated over bare, round by round."""
+        """Federated over reference, round by round."""
         return tuple(a / b for a, b in zip(self.federated_seconds, self.bare_seconds, strict=True))
 
     def __str__(self) -> str:
@@ -52,7 +59,7 @@ class Overhead:
             f"rounds measured            {len(self.ratios)} ({self.client_runs} client runs), after one to warm up\n"
             f"federated, a round         {federated:.3f} s   (min {min(self.federated_seconds):.3f}, "
             f"max {max(self.federated_seconds):.3f})\n"
-            f"bare PyTorch, a round      {bare:.3f} s   (min {min(self.bare_seconds):.3f}, "
+            f"{f'{self.reference}, a round':<27}{bare:.3f} s   (min {min(self.bare_seconds):.3f}, "
             f"max {max(self.bare_seconds):.3f})\n"
             f"ratio, median              {ratio:.3f}   (min {min(self.ratios):.3f}, max {max(self.ratios):.3f})\n"
             f"overhead per client run    {per_client:.1f} ms\n"
@@ -92,16 +99,32 @@ def measure_overhead(loop: FederatedLoop, rounds: int) -> Overhead:
     engine = comparable_engine(loop)
     loop.setup()
     loop.on_run_start()
+
+    def compare(sent: Sequence[Mapping[str, Tensor]]) -> float:
+        loop.restore(loop.state)  # the bare loop trains the run's own model
+        return max(difference(a, b.tensors) for a, b in zip(sent, recorder.updates, strict=True))
+
+    return paired_rounds(loop, rounds, lambda: [bare_client(engine, task) for task in recorder.tasks], compare)
+
+
+def paired_rounds(loop: FederatedLoop, rounds: int, again: Callable[[], T], compare: Callable[[T], float]) -> Overhead:
+    """Time rounds of a run that has started, each followed by a reference that does the same.
+
+    Args:
+        loop: Has more rounds than `rounds` + 1 left and no evaluation among them.
+        rounds: Rounds to measure; one more is run first.
+        again: The reference for the round just run.
+        compare: Returns the largest absolute difference between what `again` returned and the run's tensors.
+    """
     federated, bare, differences, runs = [], [], [], 0
     for index in range(rounds + 1):
         federated_seconds, _ = timed(loop.advance)
-        bare_seconds, sent = timed(lambda: [bare_client(engine, task) for task in recorder.tasks])
-        loop.restore(loop.state)
-        differences += [difference(a, b.tensors) for a, b in zip(sent, recorder.updates, strict=True)]
+        bare_seconds, result = timed(again)
+        differences.append(compare(result))
         if index:
             federated.append(federated_seconds)
             bare.append(bare_seconds)
-            runs += len(sent)
+            runs += len(loop.record["cohort"])
     return Overhead(tuple(federated), tuple(bare), runs, max(differences))
 
 
@@ -139,18 +162,41 @@ def bare_client(engine: InProcessEngine, task: ClientTask) -> dict[str, Tensor]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = engine.optimizer(parameters)
     schedule = engine.schedule.build(optimizer, task.round_index, engine.rounds, steps)
-    batches = chain.from_iterable(repeat(engine.batches(task)))
-    options = forward_options(model)
     with engine.own_randomness(task):
-        for batch in islice(batches, steps):
-            loss = model(**{name: x.to(model.device) for name, x in batch.items()}, **options).loss
-            optimizer.zero_grad()
-            loss.backward()
-            if clip:
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
-            optimizer.step()
-            schedule.step()
+        local_steps(model, optimizer, schedule, first_batches(engine.batches(task), steps), clip)
     return copy_tensors(model, task.trainable_names)
+
+
+def first_batches(batches: Iterable[Batch], count: int) -> Iterable[Batch]:
+    """Return so many batches, going through `batches` as often as it takes."""
+    return islice(chain.from_iterable(repeat(batches)), count)
+
+
+def local_steps(
+    model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, batches: Iterable[Batch], clip: float | None
+) -> int:
+    """Take an optimizer step on each batch with nothing but PyTorch and return the number of samples seen.
+
+    Args:
+        model: A model of `transformers`, or a `peft` model around one.
+        optimizer: Over one group of parameters.
+        schedule: Stepped after each optimizer step.
+        batches: The batches.
+        clip: Largest norm of the gradient; ``None`` for any.
+    """
+    options = forward_options(model)  # type: ignore[arg-type]  # a `peft` model has its base's configuration
+    samples, device = 0, next(model.parameters()).device
+    parameters = optimizer.param_groups[0]["params"]
+    for batch in batches:
+        loss = model(**{name: x.to(device) for name, x in batch.items()}, **options).loss
+        optimizer.zero_grad()
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        schedule.step()
+        samples += len(next(iter(batch.values())))
+    return samples
 
 
 def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from fedbe.comparison.config import ComparisonConfig, slug
-from fedbe.comparison.execution import Failure, Job, Start, carry_out, start_process
+from fedbe.comparison.execution import DialJob, Failure, Job, Start, carry_out, start_process
 from fedbe.comparison.figures import figures
 from fedbe.comparison.report import page
 from fedbe.comparison.results import RunResult, read_run_result, read_runs, write_csv
@@ -23,11 +23,13 @@ def compare(
 ) -> tuple[Comparison, list[Failure]]:
     """Choose each arm's learning rate on validation data, run it with every seed, and write what came of it.
 
+    Where `config` has places of the dial, each finished run that counts is measured there.
+
     Runs that are finished are not run again; a failed one does not end the rest.
 
     Args:
         config: The comparison, checked.
-        start: Starts a run.
+        start: Starts a job.
         say: Tells what goes on, a line at a time.
 
     Raises:
@@ -41,6 +43,7 @@ def compare(
     final = [_job(config, arm, rate, seed) for arm, rate in chosen.items() for seed in config.seeds]
     tried = {failure.job.folder for failure in failures}
     failures += carry_out([job for job in final if job.folder not in tried], config.parallel, start, say)
+    failures += carry_out(dial_jobs(config, final), config.parallel, start, say)
     results = _results(config, chosen, [*tuning, *final])
     if not any(result.chosen for result in results):
         raise FedBEError("no run came to its end: " + "; ".join(f"{f.job}: {f.job.log}" for f in failures))
@@ -94,6 +97,18 @@ def tuning_jobs(config: ComparisonConfig) -> list[Job]:
         for rate in config.rates(arm)
         for seed in config.tuning_seeds
         if len(config.rates(arm)) > 1
+    ]
+
+
+def dial_jobs(config: ComparisonConfig, runs: Sequence[Job]) -> list[DialJob]:
+    """Return the measurements of the dial: of every finished run of an arm that has one."""
+    if not config.dial:
+        return []
+    able = {arm for arm in {run.arm for run in runs} if config.has_dial(arm)}
+    return [
+        DialJob(run.arm, run.learning_rate, run.seed, run.config, run.folder, tuple(config.dial))
+        for run in runs
+        if run.finished and run.arm in able
     ]
 
 

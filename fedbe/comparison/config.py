@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from fedbe.config import RunConfig
 from fedbe.config_errors import collect, merge, nest
 from fedbe.errors import ConfigError, Problem
 from fedbe.run_parser import read_run, run_parser
@@ -19,7 +20,9 @@ from fedbe.run_parser import read_run, run_parser
 LEARNING_RATE = ("client", "optimizer", "init_args", "lr")
 """Where the learning rate stands in a run's configuration."""
 
-BUDGET = ("model", "data", "federation", "trainer", "general_tasks", "callbacks", "seed", "name", "output", "logger")
+BUDGET = (
+    "model", "data", "federation", "trainer", "general_tasks", "callbacks", "clock", "seed", "name", "output", "logger",
+)  # fmt: skip
 """Sections that are the same for every arm: base model, data, cohorts, local steps, rounds, and what is measured."""
 
 FREE = ("federation.server_optimizer",)
@@ -46,6 +49,8 @@ class ComparisonConfig:
             arms reach.
         baseline: Arm over which acceleration is counted; ``null`` for the first.
         allow: Dotted keys that arms may set although they change the budget.
+        dial: Places of the dial, in [0, 1], at which the runs that count are measured after training, 0 and 1 besides;
+            none for no measurement.
     """
 
     base: dict[str, Any]
@@ -59,6 +64,7 @@ class ComparisonConfig:
     matched_level: float | None = None
     baseline: str | None = None
     allow: list[str] = field(default_factory=list)
+    dial: list[float] = field(default_factory=list)
 
     def rates(self, arm: str) -> list[float]:
         """Return the learning rates to try for an arm, in ascending order."""
@@ -71,6 +77,10 @@ class ComparisonConfig:
             merge(config, nest(key, deepcopy(value)))
         merge(config, nest(".".join(LEARNING_RATE), learning_rate))
         return config | {"name": f"{slug(arm)}-{learning_rate:g}-{seed}", "seed": seed}
+
+    def has_dial(self, arm: str) -> bool:
+        """Whether what an arm trains can be scaled down after training."""
+        return self._run(arm).algorithm.has_dial
 
     def check(self) -> list[Problem]:
         """Return every mistake, those in each arm's run configuration included."""
@@ -92,6 +102,10 @@ class ComparisonConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 yield Problem(name, value, "an accuracy is above 0 and at most 1")
+        if not all(0 <= factor <= 1 for factor in self.dial):
+            yield Problem("dial", self.dial, "a factor lies from 0, the base model, to 1, the trained one")
+        if self.dial and not self.base.get("general_tasks"):
+            yield Problem("dial", self.dial, "there is nothing to see what is kept: give `base` general tasks")
 
     def _check_names(self) -> Iterator[Problem]:
         counts = Counter(map(slug, self.arms))
@@ -129,17 +143,28 @@ class ComparisonConfig:
         return problems
 
     def _check_run(self, arm: str) -> Sequence[Problem]:
-        config = self.run_config(arm, self.rates(arm)[0], self.seeds[0])
+        config = self._first_config(arm)
         if "class_path" not in config["client"]["optimizer"]:
             return [Problem("client.optimizer.class_path", None, "name the optimizer, such as torch.optim.AdamW")]
+        try:
+            return self._run(arm).check()
+        except ConfigError as error:
+            return error.problems
+
+    def _first_config(self, arm: str) -> dict[str, Any]:
+        return self.run_config(arm, self.rates(arm)[0], self.seeds[0])
+
+    def _run(self, arm: str) -> RunConfig:
+        """Return an arm's run with its classes instantiated.
+
+        Raises:
+            ConfigError: It cannot be read.
+        """
         with TemporaryDirectory() as folder:
             file = Path(folder) / "config.yaml"
-            file.write_text(yaml.safe_dump(config), encoding="utf-8")
-            try:
-                run, _ = read_run(run_parser("fit"), [f"--config={file}"])
-            except ConfigError as error:
-                return error.problems
-        return run.check()
+            file.write_text(yaml.safe_dump(self._first_config(arm)), encoding="utf-8")
+            run, _ = read_run(run_parser("fit"), [f"--config={file}"])
+        return run
 
 
 def read_comparison(path: Path, variables: Mapping[str, str], options: Mapping[str, Any]) -> ComparisonConfig:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import yaml
 
+from fedbe.evaluation.dial import recorded_points
 from fedbe.run_folder import RunFolder
 
 
@@ -26,6 +27,8 @@ class Job:
         config: Its configuration.
         folder: Where it goes; configuration and log stand beside it.
     """
+
+    kind: ClassVar[str] = "runs"
 
     arm: str
     learning_rate: float
@@ -44,6 +47,11 @@ class Job:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
+    def arguments(self) -> list[str]:
+        """The command that carries it out, without the program's name."""
+        return ["fit", f"--config={self.config_file}", f"--output={self.folder}"]
+
+    @property
     def finished(self) -> bool:
         """Whether it has been run to its end with just this configuration."""
         try:
@@ -53,16 +61,62 @@ class Job:
             return False
         return bool(before == self.config)
 
+    def make_room(self) -> None:
+        """Set aside what an interrupted run, or one of another configuration, left, and write the configuration."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():
+            aside = self.folder.parent / "set_aside"
+            aside.mkdir(exist_ok=True)
+            place = RunFolder.next_free(aside, self.folder.name)
+            for source in (self.folder, self.config_file, self.log):
+                if source.exists():
+                    source.rename(aside / source.name.replace(self.folder.name, place.name, 1))
+        self.config_file.write_text(yaml.safe_dump(dict(self.config), sort_keys=False), encoding="utf-8")
+
     def __str__(self) -> str:
         return f"{self.arm}, learning rate {self.learning_rate:g}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A run that did not come to its end.
+class DialJob(Job):
+    """The measurement of a finished run's dial.
 
     Attributes:
-        job: The run.
+        factors: Places of the dial.
+    """
+
+    kind: ClassVar[str] = "dials"
+    factors: tuple[float, ...] = ()
+
+    @property
+    def log(self) -> Path:
+        """What the measurement prints."""
+        return self.folder.with_name(f"{self.folder.name}.dial.log")
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command that carries it out, without the program's name."""
+        return ["dial", str(self.folder), "--factors", *map(str, self.factors)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all the factors have been measured."""
+        summary = json.loads(RunFolder(self.folder).summary.read_text(encoding="utf-8"))
+        return set(self.factors) <= {point.factor for point in recorded_points(summary)}
+
+    def make_room(self) -> None:
+        """Leave the run as it is."""
+
+    def __str__(self) -> str:
+        return f"dial of {super().__str__()}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that did not come to its end.
+
+    Attributes:
+        job: The job.
         code: Exit code of its process.
     """
 
@@ -91,17 +145,16 @@ Start = Callable[[Job, int], Running]
 
 
 def start_process(job: Job, parallel: int) -> "subprocess.Popen[bytes]":
-    """Start a run in a process of its own, which prints into the job's log.
+    """Start a job in a process of its own, which prints into the job's log.
 
     Args:
-        job: The run.
-        parallel: Runs at a time; more than one get one thread each, as they would hinder each other.
+        job: The job.
+        parallel: Jobs at a time; more than one get one thread each, as they would hinder each other.
     """
-    command = [sys.executable, "-m", "fedbe.comparison.single_run", "fit"]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if parallel > 1 else {}
     with job.log.open("wb") as log:
         return subprocess.Popen(
-            [*command, f"--config={job.config_file}", f"--output={job.folder}"],
+            [sys.executable, "-m", "fedbe.comparison.single_run", *job.arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -115,14 +168,14 @@ def carry_out(
     """Run the jobs that are not finished yet, and return those that failed; a failure does not end the rest.
 
     Args:
-        jobs: The runs, in the order to start them.
-        parallel: Runs at a time.
-        start: Starts a run.
+        jobs: Of one kind, in the order to start them.
+        parallel: Jobs at a time.
+        start: Starts a job.
         say: Tells what goes on, a line at a time.
     """
     waiting = [job for job in jobs if not job.finished]
     if len(waiting) < len(jobs):
-        say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
+        say(f"{len(jobs) - len(waiting)} of {len(jobs)} {jobs[0].kind} are done already")
     failures = []
     for number, (job, code, seconds) in enumerate(_ends(waiting, parallel, start), 1):
         failed = code != 0 or not job.finished
@@ -140,7 +193,7 @@ def _ends(jobs: Sequence[Job], parallel: int, start: Start) -> Iterator[tuple[Jo
         while waiting or running:
             while waiting and len(running) < parallel:
                 next_job = waiting.pop(0)
-                _make_room(next_job)
+                next_job.make_room()
                 running[id(next_job)] = (next_job, start(next_job, parallel), time.perf_counter())
             for key, (job, process, began) in list(running.items()):
                 code = process.poll()
@@ -153,16 +206,3 @@ def _ends(jobs: Sequence[Job], parallel: int, start: Start) -> Iterator[tuple[Jo
         for _, process, _ in running.values():
             process.terminate()
             process.wait()
-
-
-def _make_room(job: Job) -> None:
-    """Set aside what an interrupted run, or one of another configuration, left, and write the configuration."""
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    if job.folder.exists():
-        aside = job.folder.parent / "set_aside"
-        aside.mkdir(exist_ok=True)
-        place = RunFolder.next_free(aside, job.folder.name)
-        for source in (job.folder, job.config_file, job.log):
-            if source.exists():
-                source.rename(aside / source.name.replace(job.folder.name, place.name, 1))
-    job.config_file.write_text(yaml.safe_dump(dict(job.config), sort_keys=False), encoding="utf-8")

@@ -48,13 +48,17 @@ def looks(comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def pareto_figure(comparison: Comparison) -> Figure:
-    """Return learning against forgetting: each arm's way over the rounds and where it ended, with standard errors."""
+    """Return learning against forgetting: each arm's way over the rounds and where it ended, with standard errors.
+
+    Dotted, the final models along their dial.
+    """
     styles, arms = looks(comparison), [arm for arm in ranked(comparison) if arm.mean_trajectory]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.2, max(5.2, 1.2 + 0.27 * len(arms))), layout="constrained")
         panel = figure.subplots()
         for arm in arms:
             _draw_way(panel, arm, styles[arm.name])
+        _draw_dials(panel, arms, styles)
         _draw_front(panel, [arm.mean_trajectory[-1] for arm in arms])
         if comparison.level is not None:
             panel.axvline(comparison.level, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="matched score")
@@ -76,6 +80,16 @@ def _draw_way(panel: Axes, arm: Arm, style: Mapping[str, Any]) -> None:
         markeredgecolor="white", markeredgewidth=0.8, elinewidth=1.2, linestyle=style["linestyle"], label=arm.name,
         zorder=3,
     )  # fmt: skip
+
+
+def _draw_dials(panel: Axes, arms: Sequence[Arm], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    dotted: dict[str, Any] = {"linestyle": ":", "linewidth": 1.2, "markersize": 3}
+    measured = [arm for arm in arms if arm.mean_dial]
+    for arm in measured:
+        xs, ys = zip(*arm.mean_dial, strict=True)
+        panel.plot(xs, ys, color=styles[arm.name]["color"], marker=styles[arm.name]["marker"], **dotted)
+    if measured:
+        panel.plot([], [], color=GREY, marker="o", label="dial", **dotted)
 
 
 def _draw_front(panel: Axes, ends: Sequence[tuple[float, float]]) -> None:

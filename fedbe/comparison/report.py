@@ -6,7 +6,8 @@ from fedbe.comparison.statistics import Estimate
 from fedbe.comparison.summary import Arm, Comparison
 
 HEADER = (
-    "arm", "lr", "runs", "**retention at matched score**", "downstream, test", "clients' own models, test",
+    "arm", "lr", "runs", "**retention at matched score**", "retention at matched score, dialled", "downstream, test",
+    "clients' own models, test",
     "retention, end", "ΔCE, end", "sent (MB)", "simulated (s)", "wall (s)", "peak memory (MB)", "rounds to target",
 )  # fmt: skip
 
@@ -66,6 +67,12 @@ def _introduction(comparison: Comparison) -> Iterator[str]:
             f"**Retention at matched score** is read off each run where its downstream accuracy on validation data "
             f"first reaches **{comparison.level:.4f}** ({origin}), between evaluated rounds by linear interpolation."
         )
+    if any(arm.mean_dial for arm in comparison.arms):
+        yield (
+            "**Dialled**: instead of an earlier round's model, the last with a part of what fine-tuning added, from "
+            "none (the base model) to all; read off where it first gives the matched score, between measured parts by "
+            "linear interpolation."
+        )
     if comparison.target is not None:
         yield f"Convergence is timed to a downstream validation accuracy of {comparison.target:.4f}."
     bases = {f"{run.base_accuracy:.4f}" for arm in comparison.arms for run in arm.runs}
@@ -82,6 +89,7 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
             ", ".join(rates) or MISSING,
             str(len(arm.runs)),
             percent(arm.retention_at(comparison.level)),
+            percent(arm.dialled_retention_at(comparison.level)),
             shown(arm.estimate(lambda run: run.test_accuracy)),
             shown(arm.estimate(lambda run: run.personalised_accuracy)),
             percent(arm.estimate(lambda run: run.retention)),
@@ -100,6 +108,9 @@ def _warnings(comparison: Comparison) -> Iterator[str]:
     notes = list(comparison.notes)
     if short:
         notes.append(f"Not every run of these arms reaches the matched score: {', '.join(short)}.")
+    low = [arm.name for arm in comparison.arms if arm.mean_dial and arm.dialled_retention_at(level) is None]
+    if level is not None and low:
+        notes.append(f"Not every final model of these arms gives the matched score on its dial: {', '.join(low)}.")
     versions = {tuple(sorted(result.summary["versions"].items())) for result in comparison.results}
     if len(versions) > 1:
         notes.append("The runs were made with different package versions: see `comparison.csv`.")

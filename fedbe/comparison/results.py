@@ -13,6 +13,7 @@ import yaml
 from fedbe.comparison.config import BUDGET, FREE, LEARNING_RATE
 from fedbe.errors import ConfigError, Problem
 from fedbe.evaluation.convergence import Point, curve, first_reaching
+from fedbe.evaluation.dial import DialPoint, recorded_points
 from fedbe.evaluation.tasks import RESERVED_NAME
 from fedbe.run_folder import RunFolder
 
@@ -51,6 +52,16 @@ class RunResult:
         """(Downstream validation accuracy, mean retention) of each round in which both were measured."""
         measured = [record for record in self.history if record["downstream"] and record["retention"]]
         return [(record["downstream"]["accuracy"], record["retention"][RESERVED_NAME]) for record in measured]
+
+    @cached_property
+    def dial(self) -> list[DialPoint]:
+        """The final model at the places of its dial that were measured, from 0 to 1; often none."""
+        return recorded_points(self.summary)
+
+    @cached_property
+    def dial_curve(self) -> dict[float, tuple[float, float]]:
+        """(Downstream validation accuracy, mean retention) at each of these places, by factor."""
+        return {p.factor: (p.accuracy, kept) for p in self.dial if (kept := p.mean_retention) is not None}
 
     @property
     def validation_accuracy(self) -> float:
@@ -100,6 +111,7 @@ class RunResult:
             "personalised_test_accuracy": self.personalised_accuracy,
             **dict(_general(summary)),
             "retention_mean": self.retention,
+            **dict(_dial(self.dial)),
             "delta_ce_mean": (summary.get("delta_ce") or {}).get(RESERVED_NAME),
             "rounds": summary["rounds"],
             "trainable_parameters": summary["trainable_parameters"],
@@ -122,6 +134,12 @@ def _general(summary: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for task, score in general["base"].items():
         yield f"{task}_base", score["score"]
         yield f"{task}_final", general["final"][task]["score"]
+
+
+def _dial(points: Sequence[DialPoint]) -> Iterator[tuple[str, float | None]]:
+    for point in points:
+        yield f"dial_{point.factor:g}_validation_accuracy", point.accuracy
+        yield f"dial_{point.factor:g}_retention_mean", point.mean_retention
 
 
 def read_run_result(arm: str, seed: int, learning_rate: float | None, chosen: bool, folder: Path) -> RunResult:

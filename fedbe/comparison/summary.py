@@ -48,6 +48,13 @@ class Arm:
         """Return retention where the downstream score first reaches `level`; ``None`` unless every seed reaches it."""
         return None if level is None else self.estimate(lambda run: value_at(run.trajectory, level))
 
+    def dialled_retention_at(self, level: float | None) -> Estimate | None:
+        """Return the final models' retention where the dial, turned up from 0, first gives the downstream `level`.
+
+        ``None`` unless every seed was measured and reaches it.
+        """
+        return None if level is None else self.estimate(lambda run: value_at([*run.dial_curve.values()], level))
+
     def cost(self, target: float | None, unit: Callable[[Point], float]) -> Estimate | None:
         """Return what it took to reach the target; ``None`` unless every seed reached it."""
         reached = [run.reaching(target) for run in self.runs]
@@ -65,6 +72,13 @@ class Arm:
     def mean_trajectory(self) -> list[tuple[float, float]]:
         """Means of (downstream validation accuracy, retention), round by round."""
         steps = zip(*(run.trajectory for run in self.runs), strict=False)
+        return [(_mean([x for x, _ in step]), _mean([y for _, y in step])) for step in steps]
+
+    @cached_property
+    def mean_dial(self) -> list[tuple[float, float]]:
+        """Means of (downstream validation accuracy, retention) at the places of the dial that every seed has."""
+        shared = sorted(set.intersection(*(set(run.dial_curve) for run in self.runs)))
+        steps = [[run.dial_curve[factor] for run in self.runs] for factor in shared]
         return [(_mean([x for x, _ in step]), _mean([y for _, y in step])) for step in steps]
 
 

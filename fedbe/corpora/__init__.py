@@ -4,6 +4,7 @@ from fedbe.corpora.base import SPLITS, Corpus, Described, split_of
 from fedbe.corpora.documentation import InstalledDocumentation
 from fedbe.corpora.files import FilesCorpus, HubCorpus, SavedCorpus
 from fedbe.corpora.headers import TorchHeaders
+from fedbe.corpora.passages import Passages
 
 __all__ = [
     "SPLITS",
@@ -12,6 +13,7 @@ __all__ = [
     "FilesCorpus",
     "HubCorpus",
     "InstalledDocumentation",
+    "Passages",
     "SavedCorpus",
     "TorchHeaders",
     "split_of",

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+from fedbe.expansion.probe import ProbeReport
 from fedbe.update import ClientTask, Update
 
 
@@ -15,4 +16,8 @@ class Engine(Protocol):
         Args:
             tasks: One for each client of the cohort, taken from the iterable only when its client begins.
         """
+        ...
+
+    def probe(self, client_id: str) -> ProbeReport:
+        """Return what a client reports of the base model (`Algorithm.probe`)."""
         ...

@@ -3,10 +3,10 @@
 import copy
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fedbe.algorithms.base import Algorithm
 from fedbe.client import ClientModule, OptimizerFactory, Schedule
 from fedbe.data import FederatedDataModule
+from fedbe.expansion.probe import ProbeReport
 from fedbe.objectives import Objective
 from fedbe.seeding import derive_seed, generator, isolated_rng
 from fedbe.trainer import QUIET
@@ -56,20 +57,30 @@ class InProcessEngine:
         """Train one client and return what it sends."""
         started = time.perf_counter()
         self.algorithm.begin(self.model, task)
-        objective = self.objective.local(self.model, task.trainable_names, task.extra, task.objective_kept)
+        objective = self.objective.local(self.model, task)
         client = ClientModule(
             self.model,
             task.trainable_names,
             self.optimizer,
             lambda optimizer, steps: self.schedule.build(optimizer, task.round_index, self.rounds, steps),
             objective,
+            self.algorithm.watched(task.trainable_names),
         )
+        options = copy.deepcopy(dict(self.trainer)) | ({} if task.max_steps is None else {"max_steps": task.max_steps})
         with self.own_randomness(task):
-            fit(L.Trainer(**QUIET, **copy.deepcopy(dict(self.trainer))), client, self.batches(task))
+            fit(L.Trainer(**QUIET, **options), client, self.batches(task))
         metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
+        metrics |= dict(zip(("first_loss", "last_loss"), client.loss_change, strict=True))
+        metrics |= {f"gradient_norm/{unit}": norm for unit, norm in client.gradient_norms.items()}
         extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
         return Update(task.client_id, sent, client.samples_seen, metrics, kept, extra, objective_kept)
+
+    def probe(self, client_id: str) -> ProbeReport:
+        """Return what a client reports of the base model, weighted by all of its samples."""
+        batches = self.data.client_dataloader(client_id, generator(self.seed, "probe batches", client_id))
+        report = self.algorithm.probe(self.model, client_id, iter(batches))
+        return replace(report, samples=len(cast(Sized, self.data.client_dataset(client_id))))
 
     def batches(self, task: ClientTask) -> DataLoader[Any]:
         """Return the client's batches in the order of this round."""

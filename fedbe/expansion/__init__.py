@@ -18,21 +18,53 @@ from fedbe.expansion.freezing import (
     set_training_modes,
     stack_parameter_names,
 )
+from fedbe.expansion.gate import (
+    find_gate,
+    gate_adapters,
+    gate_features,
+    gate_loss,
+    gate_parameter_names,
+    install_gate,
+    remove_gate,
+)
+from fedbe.expansion.growth import Plateau, grow
 from fedbe.expansion.identity import IdentityRule
+from fedbe.expansion.placement import AdaptivePlacement, Choice, FixedPlacement, Placement, RandomPlacement
+from fedbe.expansion.probe import ProbeReport, identity_rule, probe_client, probe_gradients
+from fedbe.expansion.token_gate import TokenGate
 
 __all__ = [
+    "AdaptivePlacement",
+    "Choice",
     "Expansion",
     "ExportReport",
+    "FixedPlacement",
     "IdentityRule",
+    "Placement",
+    "Plateau",
+    "ProbeReport",
+    "RandomPlacement",
+    "TokenGate",
     "base_tensor_names",
     "block_parameter_names",
     "enable_gradient_checkpointing",
     "expand_blocks",
+    "find_gate",
     "freeze",
+    "gate_adapters",
+    "gate_features",
+    "gate_loss",
+    "gate_parameter_names",
+    "grow",
     "head_parameter_names",
+    "identity_rule",
+    "install_gate",
     "load",
+    "probe_client",
+    "probe_gradients",
     "read_expansion",
     "remove_blocks",
+    "remove_gate",
     "rescale",
     "resolve_positions",
     "save_model",

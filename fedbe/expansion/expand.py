@@ -147,7 +147,7 @@ def expand_blocks(
     for rule in candidate_rules(stack.model_type, stack.blocks[0]):
         expansion = Expansion(stack.model_type, stack.path, stack.depth, chosen, rule)
         expansion.apply(model)
-        reason = _failure(model, batches, before)
+        reason = failure(model, batches, before)
         if reason is None:
             return expansion
         remove_blocks(model, expansion)
@@ -237,7 +237,8 @@ def check_dial(dial: float) -> None:
         raise ExpansionError(f"`dial` = {dial!r}: give a finite number of at least 0; 1 changes nothing.")
 
 
-def _failure(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], before: list[Tensor]) -> str | None:
+def failure(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], before: list[Tensor]) -> str | None:
+    """Return how a model's outputs differ from those before, or how it fails to give any; None if they are equal."""
     try:
         return difference(before, observe(model, batches))
     # An unknown architecture may fail in any way; the caller restores the model and reports it.

@@ -17,10 +17,13 @@ from fedbe.errors import ConfigError, ExpansionError, Problem
 from fedbe.expansion.architecture import expressed_by_config, find_blocks
 from fedbe.expansion.expand import Expansion, check_dial, without_blocks
 from fedbe.expansion.freezing import block_parameter_names
+from fedbe.expansion.gate import install_gate, unregistered
 from fedbe.expansion.identity import dialled, target_parameters
+from fedbe.expansion.token_gate import TokenGate
 
 DESCRIPTION_FILE = "fedbe.json"
 BLOCKS_FILE = "expanded_blocks.safetensors"
+GATE_FILE = "token_gate.safetensors"
 _OWN_SUFFIXES = (".safetensors", ".safetensors.index.json")
 _OWN_FILES = frozenset({DESCRIPTION_FILE, "config.json", "generation_config.json"})
 _TASKS = {
@@ -61,7 +64,8 @@ def save_model(
     """Write an expanded model as a Hugging Face checkpoint with ``fedbe.json`` in it; the live model stays as it is.
 
     Where the architecture cannot express the blocks (a gated residual), the checkpoint is the base model with its
-    task head, and the expanded blocks lie in a file of their own, which `load` puts in.
+    task head, and the expanded blocks lie in a file of their own, which `load` puts in. So does a token gate: without
+    it all tokens pass through the blocks.
 
     Args:
         model: The expanded model.
@@ -77,21 +81,25 @@ def save_model(
     check_dial(dial)
     target = _empty_target(directory)
     state = _dialled_blocks(model, expansion, dial)
-    obstacle = _obstacle(model, expansion)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if obstacle is None:
-        model.save_pretrained(partial, state_dict={**model.state_dict(), **state})
-        reason = f"{_auto_class(model)}.from_pretrained loads the whole model."
-    else:
-        with without_blocks(model, expansion):
-            model.save_pretrained(partial)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / BLOCKS_FILE)
-        reason = f"{obstacle}; from_pretrained gives the base model, fedbe.load the expanded one."
+    with unregistered(model) as gate:
+        obstacle = _obstacle(model, expansion)
+        if obstacle is None:
+            model.save_pretrained(partial, state_dict={**model.state_dict(), **state})
+            reason = f"{_auto_class(model)}.from_pretrained loads the whole model."
+        else:
+            with without_blocks(model, expansion):
+                model.save_pretrained(partial)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / BLOCKS_FILE)
+            reason = f"{obstacle}; from_pretrained gives the base model, fedbe.load the expanded one."
+    if gate is not None:
+        save_file(gate.state_dict(), partial / GATE_FILE)
+        reason += " Only fedbe.load puts in the gate: without it the blocks are open to all tokens (g = 1)."
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    _describe(partial, model, expansion, dial, obstacle)
+    _describe(partial, model, expansion, dial, obstacle, gate)
     os.replace(partial, target)
     return ExportReport(obstacle is None, reason, target)
 
@@ -133,10 +141,14 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
     description = _description(source)
     loader = getattr(transformers, str(description["auto_class"]))
     model: PreTrainedModel = loader.from_pretrained(source, dtype="auto" if dtype is None else dtype)
+    expansion = read_expansion(source)
     if not description["plain"]:
-        expansion = read_expansion(source)
         expansion.apply(model)
         _load_blocks(model, expansion, source / BLOCKS_FILE)
+    if gate_arguments := description.get("gate"):
+        gate = TokenGate(**gate_arguments)  # type: ignore[arg-type]
+        gate.load_state_dict(load_file(source / GATE_FILE))
+        install_gate(model, expansion, gate)
     return model
 
 
@@ -213,7 +225,14 @@ def _auto_class(model: PreTrainedModel) -> str:
     return name
 
 
-def _describe(directory: Path, model: PreTrainedModel, expansion: Expansion, dial: float, obstacle: str | None) -> None:
+def _describe(
+    directory: Path,
+    model: PreTrainedModel,
+    expansion: Expansion,
+    dial: float,
+    obstacle: str | None,
+    gate: TokenGate | None,
+) -> None:
     description = {
         "format": 1,
         "expansion": expansion.to_dict(),
@@ -221,6 +240,7 @@ def _describe(directory: Path, model: PreTrainedModel, expansion: Expansion, dia
         "auto_class": _auto_class(model),
         "plain": obstacle is None,
         "obstacle": obstacle,
+        "gate": None if gate is None else gate.to_dict(),
     }
     (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 

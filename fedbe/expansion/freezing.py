@@ -9,6 +9,7 @@ from fedbe.errors import ExpansionError
 from fedbe.expansion.architecture import find_blocks
 from fedbe.expansion.checkpointing import enable_gradient_checkpointing, hf_checkpointing_enabled
 from fedbe.expansion.expand import Expansion
+from fedbe.expansion.gate import unregistered
 
 
 def block_parameter_names(model: PreTrainedModel, expansion: Expansion) -> dict[int, tuple[str, ...]]:
@@ -39,7 +40,7 @@ def head_parameter_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def base_tensor_names(model: PreTrainedModel, expansion: Expansion) -> dict[str, str]:
-    """Return for each state-dict name of a frozen tensor its name in the base model, buffers included.
+    """Return for each state-dict name of a frozen tensor its name in the base model; a token gate is left out.
 
     Raises:
         ExpansionError: If the model was not expanded like this.
@@ -48,7 +49,9 @@ def base_tensor_names(model: PreTrainedModel, expansion: Expansion) -> dict[str,
     expanded = set(expansion.expanded_indices)
     prefix = f"{expansion.blocks_path}."
     names: dict[str, str] = {}
-    for name in model.state_dict():
+    with unregistered(model):
+        present = list(model.state_dict())
+    for name in present:
         if not name.startswith(prefix):
             names[name] = name
             continue

@@ -42,8 +42,8 @@ def probe_inputs(model: PreTrainedModel) -> list[Batch]:
 
 def observe(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return every output tensor of a model in evaluation mode, a step that reads the cache included."""
-    with _evaluating(model), torch.no_grad():
-        return [tensor for batch in batches for tensor in _outputs(model, _on_device(model, batch))]
+    with evaluating(model), torch.no_grad():
+        return [tensor for batch in batches for tensor in _outputs(model, on_device(model, batch))]
 
 
 def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> str | None:
@@ -67,7 +67,8 @@ def _pixels(model: PreTrainedModel) -> Batch:
     return {"pixel_values": torch.randn(shape, generator=generator(0, "verification"))}
 
 
-def _on_device(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Batch:
+def on_device(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Batch:
+    """Return a batch where the model is, its real numbers in the model's type."""
     dtype = model.dtype
     return {
         name: tensor.to(model.device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()
@@ -94,7 +95,8 @@ def _tensors(output: Mapping[str, object]) -> list[Tensor]:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model in evaluation mode inside the block, and every module back into its own after it."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(False)
     try:

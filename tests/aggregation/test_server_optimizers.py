@@ -57,6 +57,15 @@ def test_five_rounds_agree_with_the_rule_written_by_hand(kind, optimizer):
     np.testing.assert_allclose(run(optimizer, start, means()), by_hand(kind, start, means()), rtol=2e-4, atol=1e-5)
 
 
+def test_momentum_is_that_of_sgd_with_minus_the_update_for_a_gradient():
+    start, parameter = means(1)[0], torch.nn.Parameter(torch.from_numpy(means(1)[0]))
+    sgd = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    for mean in means():
+        parameter.grad = parameter.detach() - torch.from_numpy(mean)
+        sgd.step()
+    np.testing.assert_allclose(run(FedAvgM(0.9, 0.1), start, means()), parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_adam_squares_the_update_and_not_its_momentum():
     optimizer = FedAdam(beta_1=0.9, beta_2=0.5, tau=1e-3)
     optimizer.step({"w": torch.zeros(1)}, {"w": torch.full((1,), 2.0)}, {"w"})

@@ -1,5 +1,5 @@
 from fedbe.bench.memory import MIB, MemoryUse, bytes_in_use, resident_bytes
-from fedbe.loop import peak_rss_bytes
+from fedbe.machine import peak_rss_bytes
 
 
 def test_growth_compares_the_end_with_the_time_after_warm_up():

@@ -25,6 +25,11 @@ def make_record(number: int, accuracy: float | None = 0.3, **changes: Any) -> di
         "wall_seconds": 2.0 * number,
         "cohort": [],
         "allocation": {},
+        "explanation": {},
+        "client_seconds": {},
+        "idle": [],
+        "late": [],
+        "lacking_memory": {},
         "failures": [],
         **changes,
     }

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from fedbe.callbacks import PlotCallback, ProgressCallback, summary_table
-from fedbe.callbacks.figures import allocation_figure, learning_figure, spread
+from fedbe.callbacks.figures import learning_figure, spread
 from fedbe.callbacks.report import readable_bytes, readable_seconds
 
 
@@ -117,17 +117,6 @@ def test_the_learning_picture_shows_the_records_over_cumulative_bytes(history):
 def test_without_general_tasks_the_picture_is_what_was_learned(history):
     bare = [record | {"general": None, "retention": None} for record in history]
     assert len(learning_figure(bare).axes) == 1
-
-
-def test_the_allocation_picture_counts_the_clients_of_each_block_and_round():
-    rounds = [{"a": ["block 2", "block 10"], "b": ["block 2"]}, {"a": ["block 2"], "c": []}]
-    history = [{"round": 0, "allocation": {}}]
-    history += [{"round": number + 1, "allocation": allocation} for number, allocation in enumerate(rounds)]
-    figure = allocation_figure(history)
-    panel = figure.axes[0]
-    assert panel.images[0].get_array().tolist() == [[2, 1], [1, 0]]
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["block 2", "block 10"]
-    assert allocation_figure(history[:1]) is None
 
 
 def test_names_at_the_ends_of_curves_are_spread_in_order_below_the_top():

@@ -21,6 +21,12 @@ def history(accuracies, retentions, seconds=1.0, size=10):
     ]  # fmt: skip
 
 
+def dial(*triples):
+    """A measured dial of (factor, accuracy, retention)."""
+    points = [{"factor": f, "accuracy": a, "retention": {"mean": r, "stories": r}} for f, a, r in triples]
+    return {"points": points, "chosen": 0.5, "wanted_retention": None}
+
+
 def summary(accuracy, **changes):
     return {
         "algorithm": "FedIT", "rounds": 2, "downstream": {"accuracy": accuracy, "loss": 2.0},

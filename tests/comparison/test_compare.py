@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from comparison.runs import dial, write_run
 
 from fedbe.assets import micro_path
 from fedbe.cli import main
 from fedbe.comparison import compare, read_comparison
-from fedbe.comparison.execution import Job, carry_out, start_process
+from fedbe.comparison.execution import DialJob, Job, carry_out, start_process
 from fedbe.errors import ConfigError
 
 TEXT = "The number {} comes before the number {}, as everyone who has learned to count will tell you. "
@@ -46,7 +47,23 @@ class Starter:
             job.folder.mkdir()
             (job.folder / "half").write_text("a result")
             return Ended(3)
-        return Ended(main(["fit", f"--config={job.config_file}", f"--output={job.folder}"]))
+        return Ended(main(job.arguments))
+
+
+class Pretender(Starter):
+    """Makes up what jobs leave; the dials of arms in `broken` fail."""
+
+    def __call__(self, job, parallel):
+        self.started.append(str(job))
+        if not isinstance(job, DialJob):
+            write_run(job.folder)
+        elif job.arm in self.broken:
+            return Ended(1)
+        else:
+            points = [(factor, 0.1 + 0.2 * factor, 1 - factor / 2) for factor in (0, *job.factors, 1)]
+            file = job.folder / "summary.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"dial": dial(*points)}))
+        return Ended(0)
 
 
 @pytest.fixture
@@ -132,6 +149,31 @@ def test_a_failing_arm_does_not_end_the_rest_and_is_tried_again(config, read, tm
     assert not failures and len(starter.started) == 2
 
 
+def test_the_dial_of_final_runs_is_measured_where_there_is_one_and_not_twice(config, read, tmp_path):
+    local = {"class_path": "fedbe.algorithms.LocalOnly", "init_args": {"algorithm": BLOCKS}}
+    config |= {"learning_rates": [0.01], "seeds": [0], "dial": [0.5], "arms": {"a": {}, "b": {"algorithm": local}}}
+    starter, said = Pretender(), []
+    comparison, failures = compare(read(config), starter, said.append)
+    assert not failures and len(starter.started) == 3
+    assert starter.started[-1] == "dial of a, learning rate 0.01, seed 0"
+    assert [[point.factor for point in arm.runs[0].dial] for arm in comparison.arms] == [[0, 0.5, 1], []]
+    a, b = csv.DictReader((tmp_path / "out" / "comparison.csv").open())
+    assert a["dial_0_retention_mean"] == "1.0" and b["dial_0.5_validation_accuracy"] == ""
+    assert float(a["dial_0.5_retention_mean"]) == 0.75
+    compare(read(config), starter, said.append)
+    assert len(starter.started) == 3 and "1 of 1 dials are done already" in said
+    compare(read(config | {"dial": [0.5, 0.75]}), starter, said.append)
+    assert len(starter.started) == 4
+
+
+def test_a_dial_that_cannot_be_measured_does_not_end_the_rest(config, read, tmp_path):
+    config |= {"learning_rates": [0.01], "seeds": [0], "arms": {"a": {}, "b": {}}, "dial": [0.5]}
+    comparison, failures = compare(read(config), Pretender(broken=["a"]), list.append.__get__([]))
+    assert [str(failure.job) for failure in failures] == ["dial of a, learning rate 0.01, seed 0"]
+    assert [len(arm.runs[0].dial) for arm in comparison.arms] == [0, 3]
+    assert "runs/a-0.01-0.dial.log" in (tmp_path / "out" / "comparison.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -159,11 +201,17 @@ def test_what_is_allowed_may_differ_and_is_said(config, read, tmp_path):
 
 
 def test_all_mistakes_are_reported_at_once(config, read):
-    config |= {"seeds": [], "parallel": 0, "baseline": "nobody", "target": 2.0, "matched_level": 0}
+    config |= {"seeds": [], "parallel": 0, "baseline": "nobody", "target": 2.0, "matched_level": 0, "dial": [1.5]}
     with pytest.raises(ConfigError) as caught:
         read(config)
     keys = {problem.key for problem in caught.value.problems}
-    assert keys == {"seeds", "parallel", "baseline", "target", "matched_level"}
+    assert keys == {"seeds", "parallel", "baseline", "target", "matched_level", "dial"}
+
+
+def test_a_dial_without_general_tasks_is_refused(config, read):
+    del config["base"]["general_tasks"]
+    with pytest.raises(ConfigError, match="general tasks"):
+        read(config | {"dial": [0.5]})
 
 
 def test_keys_that_do_not_exist_and_open_places_are_reported(config, read):
@@ -194,13 +242,16 @@ def test_a_folder_that_holds_something_else_is_left_alone(config, read, tmp_path
 
 
 def test_the_command_runs_each_run_in_a_process_of_its_own(config, tmp_path, capfd):
-    config |= {"learning_rates": [0.01], "seeds": [0], "arms": {"one block": {}}}
+    config |= {"learning_rates": [0.01], "seeds": [0], "arms": {"one block": {}}, "dial": [0.5]}
     path = tmp_path / "comparison.yaml"
     path.write_text(yaml.safe_dump(config))
     assert main(["compare", f"--config={path}", "--set", f"folder={tmp_path}"]) == 0
     output = capfd.readouterr().out
     assert "[1/1] one block, learning rate 0.01, seed 0" in output and "comparison.md" in output
-    assert "kept" in (tmp_path / "out" / "runs" / "one_block-0.01-0.log").read_text()
+    runs = tmp_path / "out" / "runs"
+    assert "kept" in (runs / "one_block-0.01-0.log").read_text()
+    points = json.loads((runs / "one_block-0.01-0" / "summary.json").read_text())["dial"]["points"]
+    assert [point["factor"] for point in points] == [0, 0.5, 1]
 
 
 def test_the_command_wants_a_file_or_runs(capsys):

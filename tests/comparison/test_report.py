@@ -1,10 +1,11 @@
 import csv
 
 import pytest
-from comparison.runs import result, write_run
+from comparison.runs import dial, result, write_run
 
 from fedbe.cli import main
 from fedbe.comparison.compare import best_rate, write
+from fedbe.comparison.figures import looks, pareto_figure
 from fedbe.comparison.report import page
 from fedbe.comparison.results import arm_labels, read_runs
 from fedbe.comparison.statistics import Estimate
@@ -27,6 +28,38 @@ def test_retention_is_compared_where_all_have_learned_the_same():
     text = page(comparison)
     assert "**0.3000**" in text and text.index("| keeps") < text.index("| quick")
     assert "80.5 ± 0.5 %" in text and "0.300 ± 0.000" in text
+
+
+def dialled(arm, seed, *triples):
+    return result(arm, seed, dial=dial(*triples))
+
+
+def test_along_the_dial_retention_is_that_of_the_final_model_where_it_gives_the_matched_score():
+    first = dialled("a", 0, (0, 0.1, 1.0), (0.5, 0.2, 0.9), (1, 0.3, 0.5))
+    second = dialled("a", 1, (0, 0.1, 1.0), (0.25, 0.1, 1.0), (0.5, 0.3, 0.7), (1, 0.3, 0.5))
+    low = dialled("low", 0, (0, 0.1, 1.0), (1, 0.2, 0.6))
+    comparison = Comparison([first, second, low, result("none")], given_level=0.25)
+    a, lower, none = comparison.arms
+    # Halfway from 0.2 to 0.3: 0.7; three quarters of the way from 0.1 to 0.3: 0.775.
+    assert a.dialled_retention_at(0.25) == Estimate(pytest.approx(0.7375), pytest.approx(0.0375), 2)
+    assert lower.dialled_retention_at(0.25) is None and none.dialled_retention_at(0.25) is None
+    assert a.mean_dial == [(0.1, 1.0), (0.25, pytest.approx(0.8)), (0.3, 0.5)] and none.mean_dial == []
+    text = page(comparison)
+    assert "73.8 ± 3.7 %" in text and "matched score on its dial: low." in text
+
+
+def test_without_a_dial_the_page_does_not_speak_of_it():
+    assert "ialled" not in page(two_arms())
+
+
+def test_the_picture_shows_each_measured_dial_in_its_arm_s_colour():
+    curve = ((0, 0.1, 1.0), (0.5, 0.2, 0.9), (1, 0.3, 0.5))
+    comparison = Comparison([dialled("a", 0, *curve), dialled("b", 0, *curve), result("none")])
+    figure = pareto_figure(comparison)
+    drawn = [line for line in figure.axes[0].lines if line.get_linestyle() == ":" and len(line.get_xdata())]
+    assert [line.get_color() for line in drawn] == [looks(comparison)[name]["color"] for name in "ab"]
+    assert list(drawn[0].get_ydata()) == [1.0, 0.9, 0.5]
+    assert [text.get_text() for text in figure.legends[0].texts].count("dial") == 1
 
 
 def test_arms_that_miss_a_given_level_are_named():

@@ -1,4 +1,4 @@
-"""Local objectives: what clients minimise, what that takes besides the model's tensors, and what the server adds."""
+"""SCAFFOLD: control variates against client drift."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -7,127 +7,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from fedbe.errors import Problem, UpdateError
-from fedbe.update import Update, copy_tensors
-
-KEY = "client.objective"
-
-
-class LocalObjective:
-    """The objective during one client's run: it acts on the loss, on the gradients, and when the run ends."""
-
-    def loss(self, loss: Tensor) -> Tensor:
-        """Return what is minimised, from the model's own loss on a batch."""
-        return loss
-
-    def correct_gradients(self, learning_rate: float) -> None:
-        """Change the gradients in place, after clipping and before an optimizer step at this rate."""
-
-    def finish(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Return what the client sends besides its tensors, and what it keeps for the next time."""
-        return {}, {}
-
-
-class Objective:
-    """Base class: an objective over all rounds, on the server's side; the default is the model's own loss.
-
-    Subclass it in a file of your own and name it by ``class_path`` under ``client.objective``.
-
-    Attributes:
-        needs_global_model: Whether it makes no sense where clients do not share one global model.
-        needs_lasting_tensors: Whether it makes no sense where the trained tensors start anew in each round.
-    """
-
-    needs_global_model = False
-    needs_lasting_tensors = False
-
-    def check(self, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> list[Problem]:
-        """Return the mistakes in this configuration, given the clients' optimizer; found before work starts."""
-        return []
-
-    def setup(self, state: Mapping[str, Tensor], clients: int) -> None:
-        """Start on the server, once, before round 1.
-
-        Args:
-            state: The global tensors that clients train, by exact parameter name.
-            clients: Number of clients of the run, in whatever cohort.
-        """
-
-    def send(self, trainable_names: Iterable[str]) -> Mapping[str, Tensor]:
-        """Return what a client that trains these parameters downloads besides."""
-        return {}
-
-    def local(
-        self,
-        model: nn.Module,
-        trainable_names: Iterable[str],
-        received: Mapping[str, Tensor],
-        kept: Mapping[str, Tensor],
-    ) -> LocalObjective:
-        """Return the objective of one client's run; called where the client is, before its first step.
-
-        Args:
-            model: The resident model with the client's tensors in it.
-            trainable_names: Exact names of the parameters it trains.
-            received: What `send` returned.
-            kept: What its last run's `LocalObjective.finish` kept; empty at first.
-        """
-        return LocalObjective()
-
-    def receive(self, update: Update) -> None:
-        """Take in what a client sent besides (`Update.extra`); called in the order of the cohort."""
-
-    def step(self) -> None:
-        """End a round on the server; until then `send` returns what it returned when the round began."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the server's tensors that it takes to continue a run."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a `state_dict`; called after `setup`."""
-
-
-class Plain(Objective):
-    """The model's own loss, and nothing else."""
-
-
-class FedProx(Objective):
-    """The model's loss + (μ/2)‖w − w_g‖², over the trained parameters w and their values w_g as received.
-
-    Args:
-        mu: μ, at least 0.
-
-    Source: arXiv 1812.06127, equation 2; the norm is squared.
-    """
-
-    needs_global_model = True
-
-    def __init__(self, mu: float = 0.01) -> None:
-        self.mu = mu
-
-    def check(self, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> list[Problem]:
-        """Return a problem when μ is negative."""
-        return [] if self.mu >= 0 else [Problem(f"{KEY}.init_args.mu", self.mu, "give 0 or more")]
-
-    def local(
-        self,
-        model: nn.Module,
-        trainable_names: Iterable[str],
-        received: Mapping[str, Tensor],
-        kept: Mapping[str, Tensor],
-    ) -> LocalObjective:
-        """Return the objective around the values that the parameters have now."""
-        return _Proximal(self.mu, model, copy_tensors(model, trainable_names))
-
-
-class _Proximal(LocalObjective):
-    def __init__(self, mu: float, model: nn.Module, start: Mapping[str, Tensor]) -> None:
-        self.mu = mu
-        self.pairs = [(model.get_parameter(name), tensor) for name, tensor in start.items()]
-
-    def loss(self, loss: Tensor) -> Tensor:
-        squares = [(parameter - start).float().square().sum() for parameter, start in self.pairs]
-        return loss + self.mu / 2 * torch.stack(squares).sum()
+from fedbe.objectives.base import LocalObjective, Objective
+from fedbe.update import ClientTask, Update, copy_tensors
 
 
 class Scaffold(Objective):
@@ -173,16 +54,11 @@ class Scaffold(Objective):
         """Return c of these parameters."""
         return {name: self.control[name] for name in trainable_names}
 
-    def local(
-        self,
-        model: nn.Module,
-        trainable_names: Iterable[str],
-        received: Mapping[str, Tensor],
-        kept: Mapping[str, Tensor],
-    ) -> LocalObjective:
+    def local(self, model: nn.Module, task: ClientTask) -> LocalObjective:
         """Return the client's run with its c_k, which is 0 the first time."""
-        own = {name: kept[name] if name in kept else torch.zeros_like(c) for name, c in received.items()}
-        return _Controlled(model, received, own, kept)
+        kept, server = task.objective_kept, task.extra
+        own = {name: kept[name] if name in kept else torch.zeros_like(c) for name, c in server.items()}
+        return _Controlled(model, server, own, kept)
 
     def receive(self, update: Update) -> None:
         """Add c_k⁺ − c_k to this round's sum.
@@ -203,6 +79,13 @@ class Scaffold(Objective):
         for name, total in self._pending.items():
             self.control[name] = self.control[name] + total / self.clients
         self._pending = {}
+
+    def rename(self, renamed: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
+        """Keep c under the new names, and start with 0 for new parameters."""
+        known = {renamed.get(name, name): control for name, control in self.control.items()}
+        self.control = {
+            name: known.get(name, torch.zeros_like(tensor, dtype=torch.float32)) for name, tensor in state.items()
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return c by parameter name."""

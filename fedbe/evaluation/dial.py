@@ -1,0 +1,98 @@
+"""The dial, a factor on what fine-tuning added: measured after training, and the choice of a place on it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fedbe.evaluation.downstream import evaluate_downstream
+from fedbe.evaluation.retention import retention
+from fedbe.evaluation.tasks import RESERVED_NAME, TaskScore
+from fedbe.update import load_tensors
+
+if TYPE_CHECKING:  # the loop imports what evaluates
+    from fedbe.loop import FederatedLoop
+
+
+@dataclass(frozen=True)
+class DialPoint:
+    """A trained model at one place of its dial.
+
+    Attributes:
+        factor: The part of what fine-tuning added, in [0, 1].
+        accuracy: Downstream accuracy on validation data, in [0, 1].
+        retention: General score ÷ the base model's by task, and their ``mean``; empty without general tasks.
+    """
+
+    factor: float
+    accuracy: float
+    retention: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def mean_retention(self) -> float | None:
+        """The mean over general tasks; ``None`` without any."""
+        return self.retention.get(RESERVED_NAME)
+
+
+def measure_dial(loop: FederatedLoop, start: Mapping[str, Tensor], factors: Collection[float]) -> list[DialPoint]:
+    """Score a trained model at 0 and at each of `factors`, in ascending order, and leave it as it was.
+
+    Downstream validation data and general tasks are the calibration set on which a factor is chosen; test data is not
+    looked at.
+
+    Args:
+        loop: A run with its trained state, of an algorithm that has a dial.
+        start: Its global tensors right after `setup`.
+        factors: In [0, 1]; at 0 retention is 1.
+    """
+    scores = {}
+    try:
+        for factor in sorted({0.0, *factors}):
+            load_tensors(loop.model, loop.algorithm.dial(start, loop.state, factor))
+            scores[factor] = _scored(loop)
+    finally:
+        load_tensors(loop.model, loop.state)
+    _, base = scores[0.0]
+    return [DialPoint(factor, accuracy, retention(base, general)) for factor, (accuracy, general) in scores.items()]
+
+
+def _scored(loop: FederatedLoop) -> tuple[float, dict[str, TaskScore]]:
+    downstream = evaluate_downstream(loop.model, loop.data.val_dataloader())
+    return downstream.accuracy, {task.name: task.evaluate(loop.model) for task in loop.general_tasks}
+
+
+def choose_factor(points: Sequence[DialPoint], wanted: float | None = None) -> float | None:
+    """Return a factor out of those measured; ``None`` if no retention was.
+
+    With a wanted retention it is the largest factor that keeps as much. Without, it is the one with the highest
+    harmonic mean of retention and of the share of the downstream gain that is left, which is small where either is;
+    the smaller of equal ones. A model that gained nothing is best left what it was: 0.
+
+    Args:
+        points: In ascending order of the factor, the first at 0, the last at 1.
+        wanted: The least mean retention.
+
+    Source: ours.
+    """
+    known = [(point, point.mean_retention) for point in points if point.mean_retention is not None]
+    if not known:
+        return None
+    if wanted is not None:
+        return max((point.factor for point, kept in known if kept >= wanted), default=0.0)
+    base, gain = points[0].accuracy, points[-1].accuracy - points[0].accuracy
+    shares = [(point.accuracy - base) / gain if gain > 0 else 0.0 for point, _ in known]
+    values = [harmonic_mean(kept, share) for (_, kept), share in zip(known, shares, strict=True)]
+    return known[values.index(max(values))][0].factor
+
+
+def harmonic_mean(first: float, second: float) -> float:
+    """Return 2ab ÷ (a + b); 0 where one is not above 0."""
+    return 2 * first * second / (first + second) if first > 0 and second > 0 else 0.0
+
+
+def recorded_points(summary: Mapping[str, Any]) -> list[DialPoint]:
+    """Return the points that a `summary.json` holds, in ascending order of the factor."""
+    return [DialPoint(**point) for point in (summary.get("dial") or {}).get("points", ())]

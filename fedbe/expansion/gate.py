@@ -1,0 +1,152 @@
+"""A gate on what was added to a model, token by token: open on the clients' domains, shut elsewhere."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn.functional import softplus
+from transformers import PreTrainedModel
+
+from fedbe.errors import ExpansionError
+from fedbe.expansion.architecture import find_blocks
+from fedbe.expansion.expand import Expansion
+from fedbe.expansion.token_gate import TokenGate
+
+MODULE_NAME = "token_gate"
+
+
+def install_gate(model: PreTrainedModel, expansion: Expansion | None, gate: TokenGate | None = None) -> TokenGate:
+    """Put a gate on the expanded blocks of a model, in place, and return it.
+
+    It becomes the submodule ``token_gate`` of the model's base model, always in float32. Blocks come and go without it:
+    `remove_gate` first, and install the same gate afterwards.
+
+    Args:
+        model: The expanded model.
+        expansion: What was inserted; None for a model whose adapters are to be gated with `gate_adapters`.
+        gate: An existing one; a new one on base block 0 if left out.
+
+    Raises:
+        ExpansionError: If there is a gate already, an expanded block does not lie above the block that the gate sees,
+            or the model was not expanded like this.
+    """
+    if find_gate(model) is not None:
+        raise ExpansionError(f"{type(model).__name__} has a gate already: take it out with remove_gate first.")
+    width = model.config.get_text_config().hidden_size
+    gate = TokenGate(width) if gate is None else gate
+    if len(gate.weight) != 2 * width:
+        raise ExpansionError(f"The gate is for a width of {len(gate.weight) // 2}, the model's is {width}.")
+    gated = [] if expansion is None else expansion.blocks(model)
+    stack = find_blocks(model)
+    lowest = stack.depth - 1 if expansion is None else expansion.positions[0]
+    if not 0 <= gate.block <= lowest:
+        remedy = f"give one from 0 to {lowest}: all that is gated must lie above it"
+        raise ExpansionError(f"`block` = {gate.block}, the block whose output the gate sees: {remedy}.")
+    seen = stack.blocks[gate.block]  # no expanded block lies below, so its index is that in the base model
+    # What an attention does not state, as Bloom's, is causal.
+    gate.causal = all(getattr(module, "is_causal", True) for module in seen.modules())
+    gate.to(next(seen.parameters()).device).train(model.training)
+    gate.attach(model.base_model, seen, gated, stack.depth)
+    model.base_model.add_module(MODULE_NAME, gate)
+    return gate
+
+
+def gate_adapters(model: PreTrainedModel, gate: TokenGate, layers: Iterable[str]) -> None:
+    """Put an installed gate on LoRA layers: what each adapter adds is multiplied by the token's g.
+
+    Args:
+        model: A model with `peft` adapters and this gate.
+        gate: What `install_gate` returned.
+        layers: Exact names of the adapted layers, all of them inside blocks above the one that the gate sees.
+
+    Raises:
+        ExpansionError: If a layer has no adapter or does not lie above: then the gate could not shut it off, and the
+            features would change in training. No layer is gated in that case.
+    """
+    path = find_blocks(model).path
+    found: list[LoraLayer] = []
+    for name in layers:
+        layer: object = model.get_submodule(name)
+        if not isinstance(layer, LoraLayer):
+            raise ExpansionError(f"`{name}` has no adapter to gate.")
+        index = name.removeprefix(f"{path}.").split(".")[0]
+        if not name.startswith(f"{path}.") or int(index) <= gate.block:
+            remedy = f"adapt layers inside the blocks above block {gate.block}, whose output the gate sees"
+            raise ExpansionError(f"The adapter of `{name}` cannot be gated: {remedy}.")
+        found.append(layer)
+    for adapted in found:
+        gate.attach_adapter(adapted)
+
+
+def remove_gate(model: PreTrainedModel) -> TokenGate:
+    """Take the gate out of a model, in place, and return it: blocks and adapters are open again.
+
+    Raises:
+        ExpansionError: If there is none.
+    """
+    gate = _installed(model)
+    gate.detach()
+    delattr(model.base_model, MODULE_NAME)
+    return gate
+
+
+def find_gate(model: PreTrainedModel) -> TokenGate | None:
+    """Return the gate of a model, or None."""
+    gate = getattr(model.base_model, MODULE_NAME, None)
+    return gate if isinstance(gate, TokenGate) else None
+
+
+def gate_parameter_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the exact parameter names of a model's gate, none where there is no gate."""
+    gate = find_gate(model)
+    own = set() if gate is None else {id(parameter) for parameter in gate.parameters()}
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in own)
+
+
+@contextmanager
+def unregistered(model: PreTrainedModel) -> Iterator[TokenGate | None]:
+    """Yield a model's gate, or None; meanwhile its tensors are none of the model's, so that it saves as without it."""
+    gate = find_gate(model)
+    if gate is not None:
+        delattr(model.base_model, MODULE_NAME)
+    try:
+        yield gate
+    finally:
+        if gate is not None:
+            model.base_model.add_module(MODULE_NAME, gate)
+
+
+def gate_features(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return what the gate sees in a batch: [tokens, 2h], float32, without padding.
+
+    Only the blocks up to the one it sees are run, without gradients, in the training modes they are in.
+
+    Raises:
+        ExpansionError: If the model has no gate, or the attention mask is not [batch, sequence].
+    """
+    gate = _installed(model)
+    with torch.no_grad(), gate.stopping():
+        model(**batch)
+    return gate.features
+
+
+def gate_loss(gate: TokenGate, positive: Tensor, negative: Tensor) -> Tensor:
+    """Return the cross-entropy of open against shut, in nats, with half of the weight on either side.
+
+    Args:
+        gate: The gate; gradients reach its weight and bias only.
+        positive: Features [tokens, 2h] of text on which it should open.
+        negative: Features [tokens, 2h] of text on which it should stay shut.
+
+    Source: ours.
+    """
+    return (softplus(-gate(positive)).mean() + softplus(gate(negative)).mean()) / 2
+
+
+def _installed(model: PreTrainedModel) -> TokenGate:
+    gate = find_gate(model)
+    if gate is None:
+        raise ExpansionError(f"{type(model).__name__} has no gate: put one in with install_gate.")
+    return gate

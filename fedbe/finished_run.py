@@ -1,0 +1,115 @@
+"""A finished run taken up again: its folder, its configuration, and the model that it ended with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedbe.callbacks.checkpoint import LAST
+from fedbe.callbacks.stopping import BEST
+from fedbe.config import RunConfig
+from fedbe.errors import ConfigError, Problem
+from fedbe.fit import build
+from fedbe.loop import FederatedLoop
+from fedbe.objectives import Plain
+from fedbe.run_folder import RunFolder
+from fedbe.run_parser import read_run, run_parser
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that came to its end.
+
+    Attributes:
+        folder: Its folder.
+        summary: Its `summary.json`.
+        run: Its configuration, without loggers and callbacks of its own: nothing is trained any more.
+        config: The resolved configuration.
+    """
+
+    folder: RunFolder
+    summary: Mapping[str, Any]
+    run: RunConfig
+    config: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> FinishedRun:
+        """Return the run in a folder; its weights and data are not loaded yet.
+
+        Raises:
+            ConfigError: There is no finished run, or its configuration cannot be read any more.
+        """
+        folder = RunFolder(path)
+        summary = read_summary(folder)
+        run, config = read_run(run_parser("fit"), [f"--config={folder.config}", "--logger=none"])
+        client = replace(run.client, objective=Plain())
+        return cls(folder, summary, replace(run, client=client, callbacks=(), logger="none"), config)
+
+    def open(self, general_tasks: bool = True) -> tuple[FederatedLoop, dict[str, Tensor]]:
+        """Return the loop with the model that the run ended with, and the global tensors that it started from.
+
+        Args:
+            general_tasks: Whether general tasks are to be scored; without, they are not prepared.
+
+        Raises:
+            ConfigError: The configuration cannot run any more, or the tensors are gone or do not fit it.
+        """
+        run = self.run if general_tasks else replace(self.run, general_tasks=())
+        self._check_checkpoint()
+        loop = build(run, self.config)
+        loop.folder = self.folder
+        loop.setup()
+        start = loop.state
+        with safe_open(self._last, framework="pt") as file:
+            loop.algorithm.load_state_dict(json.loads(file.metadata()["loop"])["algorithm"])
+        with safe_open(self._final, framework="pt") as file:
+            names = loop.algorithm.state_names
+            missing = sorted(set(names) - set(file.keys()))
+            if missing:
+                remedy = f"lacks {missing[0]}: it belongs to another configuration than {self.folder.config}"
+                raise ConfigError(Problem("run", str(self._final), remedy))
+            loop.restore({name: file.get_tensor(name) for name in names})
+        return loop, start
+
+    @property
+    def _last(self) -> Path:
+        return self.folder.checkpoints / LAST
+
+    @property
+    def _final(self) -> Path:
+        """The tensors of the model that the run ended with: of the last round, or of the one that was kept."""
+        return self._last if self.summary.get("kept_round") is None else self.folder.checkpoints / BEST
+
+    def _check_checkpoint(self) -> None:
+        """Raise a problem unless the tensors of the run's end are there."""
+        for path in (self._last, self._final):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    state = json.loads((file.metadata() or {}).get("loop", "{}"))
+            except (OSError, SafetensorError) as error:
+                remedy = f"cannot be read, and the model cannot be made without it: {error}"
+                raise ConfigError(Problem("run", str(path), remedy)) from error
+            done = state.get("progress", {}).get("completed", self.summary["rounds"])
+            if done != self.summary["rounds"]:
+                remedy = f"was written after round {done}, and the run ended after round {self.summary['rounds']}"
+                raise ConfigError(Problem("run", str(path), remedy))
+
+
+def read_summary(folder: RunFolder) -> dict[str, Any]:
+    """Return the figures of a finished run.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    try:
+        summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        remedy = f"holds no finished run ({' '.join(str(error).split())}); give a run's folder"
+        raise ConfigError(Problem("run", str(folder.path), remedy)) from error
+    return summary

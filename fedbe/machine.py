@@ -1,0 +1,31 @@
+"""What a run says of the machine it ran on: memory, and versions of what decides a result."""
+
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import fedbe
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` says is inherited from the process that started this one
+        return memory_line(status, "VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_line(status: Path, name: str) -> int:
+    """Return one figure of a process's status file under ``/proc``, in bytes."""
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    packages = ("torch", "transformers", "lightning", "datasets")
+    own = {"fedbe": fedbe.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}
