@@ -246,7 +246,9 @@ def bench_fedit(arguments: Sequence[str]) -> None:
     options = parse(parser, arguments)
     config = [f"--config={options.config}"]
     print(compare_time(config, options.rounds))
-    print(compare_memory(config, options.pairs))
+    for gives_back in (False, True):
+        print()
+        print(compare_memory(config, options.pairs, gives_back))
 
 
 def bench_cost_model(arguments: Sequence[str]) -> None:

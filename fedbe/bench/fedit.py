@@ -14,7 +14,7 @@ from fedbe.aggregation import Mean
 from fedbe.algorithms import FedIT
 from fedbe.algorithms.lora_layers import target_names
 from fedbe.bench.display import without_display
-from fedbe.bench.memory import MIB, bytes_in_use, in_fresh_process
+from fedbe.bench.memory import MIB, bytes_in_use, give_back_freed_memory, in_fresh_process
 from fedbe.bench.overhead import (
     UNEVALUATED,
     Overhead,
@@ -142,10 +142,12 @@ class MemoryOverhead:
     Attributes:
         federated: Of each process with a FedIT run.
         by_hand: Of the process after each that did the same by hand.
+        gives_back: Whether freed memory went back to the system at once.
     """
 
     federated: tuple[Peak, ...]
     by_hand: tuple[Peak, ...]
+    gives_back: bool
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -164,26 +166,29 @@ class MemoryOverhead:
             "ratio of peaks": _spread(self.ratios, ".3f"),
             "ratio of rises in rounds": _spread(self.rise_ratios, ".3f"),
         }
-        head = f"pairs of processes         {len(self.ratios)} ({MEMORY_ROUNDS} rounds each)"
+        kept = "given back at once" if self.gives_back else "kept or given back as it comes"
+        head = f"pairs of processes         {len(self.ratios)} ({MEMORY_ROUNDS} rounds each), freed memory {kept}"
         return "\n".join([head, *(f"{name:<27}{text}" for name, text in lines.items())])
 
 
-def compare_memory(arguments: Sequence[str], pairs: int) -> MemoryOverhead:
+def compare_memory(arguments: Sequence[str], pairs: int, gives_back: bool) -> MemoryOverhead:
     """Measure the peak memory of a few rounds of FedIT and of the same by hand, each in a fresh process.
 
     Args:
         arguments: As given to ``fedbe fit``.
         pairs: How often to measure both.
+        gives_back: Whether the processes give freed memory back at once (`give_back_freed_memory`): what the steps need
+            and no more, where it is otherwise also what the allocator happens to keep.
     """
-    given = [*arguments, *FEDIT]
-    measured = [
-        (in_fresh_process(_federated_peak, given), in_fresh_process(_peak_by_hand, given)) for _ in range(pairs)
-    ]
+    given, kinds = [*arguments, *FEDIT], (_federated_peak, _peak_by_hand)
+    measured = [[in_fresh_process(kind, given, gives_back) for kind in kinds] for _ in range(pairs)]
     federated, by_hand = zip(*measured, strict=True)
-    return MemoryOverhead(federated, by_hand)
+    return MemoryOverhead(federated, by_hand, gives_back)
 
 
-def _federated_peak(arguments: Sequence[str]) -> Peak:
+def _federated_peak(arguments: Sequence[str], gives_back: bool) -> Peak:
+    if gives_back:
+        give_back_freed_memory()
     with TemporaryDirectory() as folder:
         run, loop = _build(arguments, MEMORY_ROUNDS, folder)
         run.data.eval_batch_size = 1  # what is scored before round 1 shall not make the peak
@@ -195,7 +200,9 @@ def _federated_peak(arguments: Sequence[str]) -> Peak:
         return Peak(before, peak_rss_bytes())
 
 
-def _peak_by_hand(arguments: Sequence[str]) -> Peak:
+def _peak_by_hand(arguments: Sequence[str], gives_back: bool) -> Peak:
+    if gives_back:
+        give_back_freed_memory()
     run, _ = read_run(run_parser("fit"), [*arguments, f"--federation.rounds={MEMORY_ROUNDS + 2}"])
     if problems := run.check():
         raise ConfigError(*problems)

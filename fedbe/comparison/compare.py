@@ -119,7 +119,7 @@ def choose_rates(config: ComparisonConfig, tuning: Iterable[Job]) -> dict[str, f
     """
     scores: dict[str, dict[float, list[float | None]]] = {}
     for job in tuning:
-        score = _read(job, False).validation_accuracy if job.finished else None
+        score = _read(job, False).tuning_accuracy if job.finished else None
         scores.setdefault(job.arm, {}).setdefault(job.learning_rate, []).append(score)
     chosen = {arm: best_rate(scores[arm]) if arm in scores else config.rates(arm)[0] for arm in config.arms}
     return {arm: rate for arm, rate in chosen.items() if rate is not None}

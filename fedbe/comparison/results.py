@@ -71,6 +71,15 @@ class RunResult:
         return ended[-1].accuracy
 
     @property
+    def tuning_accuracy(self) -> float:
+        """What learning rates are chosen by: validation accuracy of the common model, or of the clients' own if higher.
+
+        Clients that train alone leave the common model as it was.
+        """
+        own = [record["personalised"]["mean"] for record in self.history if record.get("personalised")]
+        return max([self.validation_accuracy, *own[-1:]])
+
+    @property
     def retention(self) -> float | None:
         """Mean retention of the model that the run ended with; ``None`` without general tasks."""
         retention = self.summary.get("retention")

@@ -1,4 +1,11 @@
-from fedbe.bench.memory import MIB, MemoryUse, bytes_in_use, resident_bytes
+from fedbe.bench.memory import (
+    MIB,
+    MemoryUse,
+    bytes_in_use,
+    give_back_freed_memory,
+    in_fresh_process,
+    resident_bytes,
+)
 from fedbe.machine import peak_rss_bytes
 
 
@@ -20,3 +27,19 @@ def test_resident_memory_is_at_most_the_peak_and_follows_an_allocation():
     during = resident_bytes()
     assert during - before > 32 * MIB and during <= peak_rss_bytes()
     del block
+
+
+def left_behind(gives_back):
+    """What 62 MiB of freed blocks leave resident below one block that stays."""
+    if gives_back:
+        give_back_freed_memory()
+    before = resident_bytes()
+    blocks = [bytearray(100 * 1024) for _ in range(640)]
+    kept = blocks[-1]
+    del blocks
+    return resident_bytes() - before, len(kept)
+
+
+def test_freed_memory_is_given_back_at_once_where_that_is_asked_for():
+    left, _ = in_fresh_process(left_behind, True)
+    assert left < 16 * MIB < in_fresh_process(left_behind, False)[0]

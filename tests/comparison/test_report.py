@@ -98,6 +98,14 @@ def test_the_validation_score_is_that_of_the_round_whose_model_was_kept():
     assert result(accuracies=(0.1, 0.4, 0.3)).validation_accuracy == 0.3
 
 
+def test_who_has_no_common_model_is_tuned_by_the_clients_own():
+    alone = result(accuracies=(0.1, 0.1, 0.1))
+    assert alone.tuning_accuracy == 0.1
+    for record, mean in zip(alone.history, (0.1, 0.3, 0.2), strict=True):
+        record["personalised"] = {"mean": mean}
+    assert alone.tuning_accuracy == 0.2 and alone.validation_accuracy == 0.1
+
+
 def test_the_best_rate_is_the_lower_of_equal_ones_and_has_no_failed_run():
     assert best_rate({1e-3: [0.3, 0.5], 3e-3: [0.4, 0.4], 1e-2: [0.9, None]}) == 1e-3
     assert best_rate({1e-3: [0.3], 3e-3: [0.4]}) == 3e-3
