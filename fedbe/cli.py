@@ -244,6 +244,10 @@ def bench_fedit(arguments: Sequence[str]) -> None:
     parser = bench_parser("fedit", bench_fedit.__doc__, rounds=10)
     parser.add_argument("--pairs", type=int, default=3, help="Pairs of processes to measure the memory of.")
     options = parse(parser, arguments)
+    counts = {"rounds": options.rounds, "pairs": options.pairs}
+    problems = [Problem(name, count, "give 1 or more") for name, count in counts.items() if count < 1]
+    if problems:
+        raise ConfigError(*problems)
     config = [f"--config={options.config}"]
     print(compare_time(config, options.rounds))
     for gives_back in (False, True):

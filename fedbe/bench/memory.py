@@ -75,8 +75,8 @@ def bytes_in_use() -> int:
 def give_back_freed_memory() -> None:
     """Have this process hand each large block that is freed back to the system, so that its peak is what was in use.
 
-    Left to itself the GNU C library keeps freed blocks in a heap that falls to pieces, more in one run than in the next.
-    Other C libraries are left as they are.
+    Left to itself the GNU C library keeps freed blocks in a heap that falls to pieces, more in one run than in the
+    next. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

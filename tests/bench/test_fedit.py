@@ -59,6 +59,12 @@ def test_what_is_not_done_by_hand_is_refused(config, key, value):
         fedit.compare_time([config, f"--{key}={value}"], rounds=1)
 
 
+def test_a_count_below_one_is_refused(capsys):
+    assert main(["bench", "fedit", "--rounds=0", "--pairs=0"]) == 2
+    errors = capsys.readouterr().err
+    assert "rounds = 0" in errors and "pairs = 0" in errors
+
+
 def test_memory_is_compared_pair_by_pair_with_and_without_what_was_there_before():
     peaks = [fedit.Peak(100 * MIB, peak * MIB) for peak in (300, 330, 200, 300)]
     result = fedit.MemoryOverhead(tuple(peaks[:2]), tuple(peaks[2:]), gives_back=False)
