@@ -76,7 +76,7 @@ class RunResult:
 
         Clients that train alone leave the common model as it was.
         """
-        own = [record["personalised"]["mean"] for record in self.history if record.get("personalised")]
+        own = [float(record["personalised"]["mean"]) for record in self.history if record.get("personalised")]
         return max([self.validation_accuracy, *own[-1:]])
 
     @property
