@@ -37,6 +37,7 @@ typecheck: setup  ## check types, on an installed copy because callbacks/ and da
 bench: setup  ## measure overhead and memory of a run on this machine
 	$(BIN)/fedbe bench overhead
 	$(BIN)/fedbe bench memory
+	$(BIN)/fedbe bench fedit
 
 clean:  ## remove the virtual environment and build leftovers; runs stay
 	rm -rf $(VENV) build

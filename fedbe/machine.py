@@ -1,5 +1,6 @@
 """What a run says of the machine it ran on: memory, and versions of what decides a result."""
 
+import ctypes
 import platform
 import resource
 import sys
@@ -7,6 +8,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import fedbe
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system, where the C library can: it keeps it in a heap that falls to pieces.
+
+    Each client's run leaves small objects behind between large freed blocks. Measured on the quickstart with FedIT, the
+    peak of a process rose with every round without this.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_rss_bytes() -> int:

@@ -14,7 +14,7 @@ from fedbe.bench.display import without_display
 from fedbe.callback import FederatedCallback
 from fedbe.fit import build
 from fedbe.loop import FederatedLoop
-from fedbe.machine import memory_line, peak_rss_bytes
+from fedbe.machine import memory_line, peak_rss_bytes, trim_memory
 from fedbe.run_parser import read_run, run_parser
 
 MIB = 2**20
@@ -66,9 +66,7 @@ class _Gauge(FederatedCallback):
 def bytes_in_use() -> int:
     """Return the resident memory of this process, in bytes, after garbage and free pages have been given back."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the GNU C library only
-    if trim is not None:
-        trim(0)
+    trim_memory()
     return resident_bytes()
 
 

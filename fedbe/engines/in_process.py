@@ -16,6 +16,7 @@ from fedbe.algorithms.base import Algorithm
 from fedbe.client import ClientModule, OptimizerFactory, Schedule
 from fedbe.data import FederatedDataModule
 from fedbe.expansion.probe import ProbeReport
+from fedbe.machine import trim_memory
 from fedbe.objectives import Objective
 from fedbe.seeding import derive_seed, generator, isolated_rng
 from fedbe.trainer import QUIET
@@ -72,6 +73,7 @@ class InProcessEngine:
         metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
         metrics |= dict(zip(("first_loss", "last_loss"), client.loss_change, strict=True))
         metrics |= {f"gradient_norm/{unit}": norm for unit, norm in client.gradient_norms.items()}
+        trim_memory()
         extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
         return Update(task.client_id, sent, client.samples_seen, metrics, kept, extra, objective_kept)
