@@ -2,7 +2,7 @@
 
 from fedbe.callback import FederatedCallback
 from fedbe.loop import FederatedLoop
-from fedbe.update import ClientTask, Update, payload_bytes
+from fedbe.update import ClientTask, Update
 
 
 class CommunicationCallback(FederatedCallback):
@@ -10,11 +10,11 @@ class CommunicationCallback(FederatedCallback):
 
     def on_client_start(self, loop: FederatedLoop, task: ClientTask) -> None:
         """Count what the client receives."""
-        loop.record["bytes"]["down"] += payload_bytes([*task.received.values(), *task.extra.values()])
+        loop.record["bytes"]["down"] += task.bytes_down
 
     def on_client_end(self, loop: FederatedLoop, task: ClientTask, update: Update) -> None:
         """Count what the client sends."""
-        loop.record["bytes"]["up"] += payload_bytes([*update.tensors.values(), *update.extra.values()])
+        loop.record["bytes"]["up"] += update.bytes_up
 
     def on_run_end(self, loop: FederatedLoop) -> None:
         """Add the totals of all rounds to the summary."""

@@ -34,6 +34,11 @@ class ClientTask:
     max_steps: int | None = None
 
     @property
+    def bytes_down(self) -> int:
+        """What the client downloads, in bytes."""
+        return payload_bytes([*self.received.values(), *self.extra.values()])
+
+    @property
     def purpose(self) -> tuple[str | int, ...]:
         """What this client's random numbers of this round are derived from, beside the seed."""
         return "client", self.experience, self.round_index, self.client_id
@@ -61,6 +66,11 @@ class Update:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     objective_kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def bytes_up(self) -> int:
+        """What the client uploads, in bytes."""
+        return payload_bytes([*self.tensors.values(), *self.extra.values()])
 
 
 def payload_bytes(tensors: Iterable[Tensor]) -> int:

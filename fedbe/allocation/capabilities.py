@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fedbe.allocation.clock import SimulatedClock, steps_within
 from fedbe.allocation.cost import Cost, CostModel, UnitCosts, seconds
 from fedbe.allocation.profiles import Profile, available
-from fedbe.update import ClientTask, Update, payload_bytes
+from fedbe.update import ClientTask, Update
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Capabilities:
 
     def seconds(self, task: ClientTask, update: Update) -> float:
         """Return how long a client took to download, train and upload."""
-        up = payload_bytes([*update.tensors.values(), *update.extra.values()])
-        return seconds(self.cost(task), self.profile(task.client_id, task.round_index), task_bytes(task), up)
+        profile = self.profile(task.client_id, task.round_index)
+        return seconds(self.cost(task), profile, task.bytes_down, update.bytes_up)
 
     def lacking_memory(self, task: ClientTask) -> float:
         """Return how many bytes a client's device has too few for its task; 0 if it has enough."""
@@ -63,12 +63,7 @@ class Capabilities:
             return None
         profile, steps = self.profile(task.client_id, task.round_index), self.steps[task.client_id]
         up = sum(self.costs.parameter_bytes[name] for name in task.trainable_names)
-        transfer = task_bytes(task) / profile.download_bytes_per_second + up / profile.upload_bytes_per_second
+        transfer = task.bytes_down / profile.download_bytes_per_second + up / profile.upload_bytes_per_second
         one = self.costs.cost(task.trainable_names, self.samples_per_step)
         fitting = steps_within(self.clock.deadline_seconds, transfer, seconds(one, profile), steps)
         return None if fitting == steps else fitting
-
-
-def task_bytes(task: ClientTask) -> int:
-    """Return what a client downloads."""
-    return payload_bytes([*task.received.values(), *task.extra.values()])
