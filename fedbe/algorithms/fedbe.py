@@ -38,8 +38,10 @@ class FedBE(BlockExpansion):
         placement: How many blocks, and where.
         score: What each block is worth to each client.
         allocator: How many clients should train each block.
-        round_seconds: Time that a client may take; ``null``: what the slowest client of the cohort takes for its
-            cheapest block, so that nobody is left out and nobody waits for long.
+        round_seconds: Time that a client may take in round 1; ``null``: what the slowest client of the cohort takes for
+            its cheapest block, so that nobody is left out and nobody waits for long.
+        round_growth: Factor on that time from one round to the next. Above 1 the quick clients begin, and slow ones and
+            more blocks join as rounds become longer: what is gained early is gained soon.
         plateau: When to insert one more block; ``null`` for never.
         probe_clients: Most clients that probe, drawn from the seed.
         probe_batches: Batches that each of them probes on.
@@ -55,6 +57,7 @@ class FedBE(BlockExpansion):
         score: Score | None = None,
         allocator: Allocator | None = None,
         round_seconds: float | None = None,
+        round_growth: float = 1.0,
         plateau: Plateau | None = None,
         probe_clients: int = 20,
         probe_batches: int = 2,
@@ -64,7 +67,7 @@ class FedBE(BlockExpansion):
         self.placement = placement or AdaptivePlacement()
         self.score = score or GradientScore()
         self.allocator = allocator or Allocator()
-        self.round_seconds, self.plateau = round_seconds, plateau
+        self.round_seconds, self.round_growth, self.plateau = round_seconds, round_growth, plateau
         self.probe_clients, self.probe_batches, self.sketch = probe_clients, probe_batches, sketch
         self.choice: Choice | None = None
         self._reports: Sequence[ProbeReport] = ()
@@ -84,6 +87,8 @@ class FedBE(BlockExpansion):
         ]
         if self.round_seconds is not None and not self.round_seconds > 0:
             problems.append(Problem(f"{key}.round_seconds", self.round_seconds, "give seconds above 0, or null"))
+        if not self.round_growth >= 1:
+            problems.append(Problem(f"{key}.round_growth", self.round_growth, "give a factor of 1 or more"))
         for name, least in (("probe_clients", 1), ("probe_batches", 1), ("sketch", 0)):
             if getattr(self, name) < least:
                 problems.append(Problem(f"{key}.{name}", getattr(self, name), f"give {least} or more"))
@@ -196,13 +201,13 @@ class FedBE(BlockExpansion):
         low, train = (np.stack(column) for column in zip(*times, strict=True))
         time_low = low[:, rows] + train[:, always].sum(1, keepdims=True)
         memory_low = np.tile(costs.memory_low[rows] + costs.memory_train[always].sum(), (len(cohort), 1))
-        budget = self.round_seconds or float((time_low + train[:, rows]).min(axis=1).max()) * (1 + 1e-9)
+        first = self.round_seconds or float((time_low + train[:, rows]).min(axis=1).max()) * (1 + 1e-9)
         return CohortCosts(
             time_low,
             train[:, rows],
             memory_low,
             np.tile(costs.memory_train[rows], (len(cohort), 1)),
-            np.full(len(cohort), budget),
+            np.full(len(cohort), first * self.round_growth**round_index),
             np.array([profile.memory_bytes for profile in profiles]),
         )
 

@@ -50,6 +50,8 @@ class Gated(Wrapper):
         mode: ``soft``: what is added is multiplied by the gate's probability; ``hard``: by 0 or 1.
         sequences: About how many sequences the base model writes for the gate to stay shut on.
         sequence_length: Tokens of each.
+        openness: Weight of the clients' text in the gate's loss, in (0, 1); the rest is that of the text to stay shut
+            on. Above ½ the gate opens when in doubt: nothing learned is held back, and more is forgotten.
         weight: Factor on the gate's loss; with Adam it hardly matters.
         corpus: Other text to stay shut on (its training split); a model that cannot write needs one.
 
@@ -63,12 +65,13 @@ class Gated(Wrapper):
         mode: Literal["soft", "hard"] = "soft",
         sequences: int = 96,
         sequence_length: int = 128,
+        openness: float = 0.5,
         weight: float = 1.0,
         corpus: Corpus | None = None,
     ) -> None:
         super().__init__(algorithm)
         self.corpus = corpus
-        self.block, self.mode, self.weight = block, mode, weight
+        self.block, self.mode, self.openness, self.weight = block, mode, openness, weight
         self.sequences, self.sequence_length = sequences, sequence_length
         self._names: tuple[str, ...] = ()
         self._hook: RemovableHandle | None = None
@@ -87,6 +90,8 @@ class Gated(Wrapper):
             if getattr(self, name) < 2:
                 problems.append(Problem(f"{key}.{name}", getattr(self, name), "give 2 or more"))
         problems += self.corpus.check(f"{key}.corpus") if self.corpus else []
+        if not 0 < self.openness < 1:
+            problems.append(Problem(f"{key}.openness", self.openness, "give a weight above 0 and below 1"))
         if not self.weight > 0:
             problems.append(Problem(f"{key}.weight", self.weight, "give a factor above 0"))
         return problems
@@ -141,7 +146,8 @@ class Gated(Wrapper):
                 # A step sees as many of the base's own tokens as of the client's.
                 positive = gate.features
                 rows = torch.randint(len(self._negatives), (len(positive),), generator=chance).to(positive.device)
-                output.loss = output.loss + self.weight * gate_loss(gate, positive, self._negatives[rows])
+                loss = gate_loss(gate, positive, self._negatives[rows], self.openness)
+                output.loss = output.loss + self.weight * loss
 
         chance = generator(self.seed, "gate negatives", *task.purpose)
         self._hook = model.register_forward_hook(add_loss)

@@ -142,7 +142,7 @@ def _byte_unit(largest: float) -> tuple[float, str]:
 
 def convergence_figure(comparison: Comparison) -> Figure:
     """Return bars of what it took each arm to reach the target, in rounds, simulated seconds and bytes."""
-    baseline = comparison.baseline or comparison.arms[0].name
+    baseline = comparison.reference.name
     with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
         figure = Figure(figsize=(14.5, 1.6 + 0.32 * len(comparison.arms)), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)

@@ -4,11 +4,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fedbe.comparison.statistics import Estimate
 from fedbe.comparison.summary import Arm, Comparison
+from fedbe.evaluation.convergence import Point
 
 HEADER = (
     "arm", "lr", "runs", "**retention at matched score**", "retention at matched score, dialled", "downstream, test",
     "clients' own models, test",
     "retention, end", "ΔCE, end", "sent (MB)", "simulated (s)", "wall (s)", "peak memory (MB)", "rounds to target",
+    "simulated to target (s)", "sent to target (MB)", "times as fast",
 )  # fmt: skip
 
 MISSING = "–"
@@ -74,9 +76,17 @@ def _introduction(comparison: Comparison) -> Iterator[str]:
             "linear interpolation."
         )
     if comparison.target is not None:
-        yield f"Convergence is timed to a downstream validation accuracy of {comparison.target:.4f}."
+        yield (
+            f"Convergence is timed to a downstream validation accuracy of {comparison.target:.4f}; times as fast: the "
+            f"simulated seconds of {comparison.reference.name} ÷ an arm's."
+        )
     bases = {f"{run.base_accuracy:.4f}" for arm in comparison.arms for run in arm.runs}
     yield f"The base model's downstream accuracy on test data: {', '.join(sorted(bases))}."
+
+
+def simulated(point: Point) -> float:
+    """Return the simulated seconds since a run's start."""
+    return point.simulated_seconds
 
 
 def _rows(comparison: Comparison) -> Iterator[list[str]]:
@@ -84,6 +94,7 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
         rates = sorted({f"{run.learning_rate:g}" for run in arm.runs if run.learning_rate is not None})
         delta = arm.estimate(lambda run: (run.summary.get("delta_ce") or {}).get("mean"))
         sent = arm.estimate(lambda run: run.summary.get("bytes_up", 0) + run.summary.get("bytes_down", 0))
+        faster = comparison.acceleration(arm, simulated)
         yield [
             arm.name,
             ", ".join(rates) or MISSING,
@@ -99,6 +110,9 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
             shown(arm.estimate(lambda run: run.summary["wall_seconds"]), 0),
             shown(arm.estimate(lambda run: run.summary["peak_rss_bytes"]), 0, 1e-6),
             shown(arm.cost(comparison.target, lambda point: point.round), 1),
+            shown(arm.cost(comparison.target, simulated), 0),
+            shown(arm.cost(comparison.target, lambda point: point.bytes), 1, 1e-6),
+            MISSING if faster is None else f"{faster:.2f}",
         ]
 
 

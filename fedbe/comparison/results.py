@@ -194,12 +194,21 @@ def arm_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     arms = [{key: value for key, value in config.items() if key not in _OF_ONE_RUN} for config in configs]
     labels = []
     for arm in arms:
-        algorithm = str(arm.get("algorithm.class_path", "run"))
-        rivals = [other for other in arms if other.get("algorithm.class_path", "run") == algorithm]
+        algorithm = _algorithm(arm)
+        rivals = [other for other in arms if _algorithm(other) == algorithm]
         keys = sorted({key for other in rivals for key in other.keys() | arm.keys() if other.get(key) != arm.get(key)})
         differences = [f"{key.rsplit('.', 1)[-1]} {arm.get(key)}" for key in keys]
-        labels.append(", ".join([algorithm.rsplit(".", 1)[-1], *differences]))
+        labels.append(", ".join([algorithm, *differences]))
     return labels
+
+
+def _algorithm(config: Mapping[str, Any]) -> str:
+    """Return the name of a run's algorithm, behind those that wrap it: `Gated FedBE`."""
+    names, key = [], "algorithm"
+    while f"{key}.class_path" in config:
+        names.append(str(config[f"{key}.class_path"]).rsplit(".", 1)[-1])
+        key += ".init_args.algorithm"
+    return " ".join(names) or "run"
 
 
 def budget_differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:

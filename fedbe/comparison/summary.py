@@ -132,8 +132,12 @@ class Comparison:
             return self.given_target if self.given_target is not None else self.level
         return common_level({a.name: [[(p.accuracy, 0.0) for p in run.points] for run in a.runs] for a in self.arms})
 
+    @property
+    def reference(self) -> Arm:
+        """The arm over which acceleration is counted."""
+        return next((arm for arm in self.arms if arm.name == self.baseline), self.arms[0])
+
     def acceleration(self, arm: Arm, unit: Callable[[Point], float]) -> float | None:
         """Return the baseline's cost of reaching the target ÷ this arm's; ``None`` if either does not reach it."""
-        baseline = next((other for other in self.arms if other.name == self.baseline), self.arms[0])
-        theirs, ours = baseline.cost(self.target, unit), arm.cost(self.target, unit)
+        theirs, ours = self.reference.cost(self.target, unit), arm.cost(self.target, unit)
         return theirs.mean / ours.mean if theirs and ours and ours.mean > 0 else None

@@ -132,17 +132,18 @@ def gate_features(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
     return gate.features
 
 
-def gate_loss(gate: TokenGate, positive: Tensor, negative: Tensor) -> Tensor:
-    """Return the cross-entropy of open against shut, in nats, with half of the weight on either side.
+def gate_loss(gate: TokenGate, positive: Tensor, negative: Tensor, openness: float = 0.5) -> Tensor:
+    """Return the cross-entropy of open against shut, in nats.
 
     Args:
         gate: The gate; gradients reach its weight and bias only.
         positive: Features [tokens, 2h] of text on which it should open.
         negative: Features [tokens, 2h] of text on which it should stay shut.
+        openness: Weight of the former, from 0 to 1; the latter has the rest.
 
     Source: ours.
     """
-    return (softplus(-gate(positive)).mean() + softplus(gate(negative)).mean()) / 2
+    return openness * softplus(-gate(positive)).mean() + (1 - openness) * softplus(gate(negative)).mean()
 
 
 def _installed(model: PreTrainedModel) -> TokenGate:

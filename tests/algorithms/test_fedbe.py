@@ -92,6 +92,16 @@ def test_a_client_that_cannot_afford_a_block_is_reported(tmp_path):
     assert not record["explanation"]["clients"]["client-3"]["can_train"]
 
 
+def test_as_rounds_become_longer_slow_clients_join(tmp_path):
+    first = mixed(tmp_path / "first", fedbe(), rounds=1)
+    first.run()
+    quick, slow = (first.history[-1]["client_seconds"][client] for client in ("client-0", "client-3"))
+    assert quick < slow / 1.1
+    loop = mixed(tmp_path / "run", fedbe(round_seconds=1.05 * quick, round_growth=slow / quick), rounds=2)
+    loop.run()
+    assert loop.history[1]["idle"] == ["client-2", "client-3"] and loop.history[2]["idle"] == []
+
+
 def test_too_little_memory_is_noted_for_methods_that_do_not_allocate(tmp_path):
     loop = clocked(toy_loop(tmp_path / "run", algorithm=FedAvg(), rounds=1), d=STRONG, default=FORGETFUL)
     loop.run()
@@ -247,19 +257,20 @@ def test_shut_it_is_the_base_model_to_the_bit(tmp_path):
 def test_what_cannot_be_gated_is_refused():
     for inner in (FedAvg(), FLoRA()):
         assert [p.key for p in Gated(inner).check(3)] == ["algorithm.init_args.algorithm"]
-    keys = {p.key.rsplit(".", 1)[1] for p in Gated(BlockExpansion(1), block=3, sequences=1, weight=0).check(3)}
-    assert keys == {"block", "sequences", "weight"}
+    keys = {p.key.rsplit(".", 1)[1] for p in Gated(BlockExpansion(1), 3, sequences=1, weight=0, openness=1).check(3)}
+    assert keys == {"block", "sequences", "weight", "openness"}
 
 
 def test_mistakes_in_the_parts_of_fedbe_are_found_before_work():
     algorithm = FedBE(
         placement=AdaptivePlacement(max_blocks=0), allocator=Allocator(-1), plateau=Plateau(patience=0),
-        score=StaticScore([-1.0]), round_seconds=0.0, probe_clients=0, probe_batches=0, sketch=-1,
+        score=StaticScore([-1.0]), round_seconds=0.0, round_growth=0.9, probe_clients=0, probe_batches=0,
+        sketch=-1,
     )  # fmt: skip
     keys = {problem.key.removeprefix("algorithm.init_args.") for problem in algorithm.check(3)}
     assert keys == {
         "placement.init_args.max_blocks", "placement.init_args.min_blocks", "allocator.coverage", "plateau.patience",
-        "score.init_args.values", "round_seconds", "probe_clients", "probe_batches", "sketch",
+        "score.init_args.values", "round_seconds", "round_growth", "probe_clients", "probe_batches", "sketch",
     }  # fmt: skip
 
 

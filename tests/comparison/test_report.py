@@ -153,3 +153,5 @@ def test_what_is_no_run_and_a_run_given_twice_are_refused(tmp_path):
 
 def test_one_run_of_an_algorithm_has_its_plain_name():
     assert arm_labels([{"algorithm.class_path": "a.FedIT", "seed": 1, "x": 2}]) == ["FedIT"]
+    gated = {"algorithm.class_path": "a.Gated", "algorithm.init_args.algorithm.class_path": "a.FedBE"}
+    assert arm_labels([gated]) == ["Gated FedBE"]

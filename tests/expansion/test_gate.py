@@ -212,16 +212,17 @@ def test_standardised_features_have_mean_zero_and_deviation_one_but_where_they_h
     assert torch.allclose(standard.std(0)[:3], torch.ones(3), atol=1e-2) and standard.std(0)[3] < 1e-3
 
 
-def test_loss_is_balanced_cross_entropy_and_reaches_the_gate_only() -> None:
+@pytest.mark.parametrize("openness", [0.5, 0.8])
+def test_loss_is_balanced_cross_entropy_and_reaches_the_gate_only(openness: float) -> None:
     model, _ = gated("llama")
     gate, inputs = gate_of(model), batch(model)
     positive = gate_features(model, inputs)
     negative = positive[:5] + 1
     logit = torch.cat([gate(positive), gate(negative)])
     target = torch.cat([torch.ones(len(positive)), torch.zeros(5)])
-    weight = torch.cat([torch.full_like(gate(positive), 0.5 / len(positive)), torch.full((5,), 0.1)])
+    weight = torch.cat([torch.full((len(positive),), openness / len(positive)), torch.full((5,), (1 - openness) / 5)])
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logit, target, weight, reduction="sum")
-    found = gate_loss(gate, positive, negative)
+    found = gate_loss(gate, positive, negative, openness)
     torch.testing.assert_close(found, expected)
     found.backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(gate_parameter_names(model))
