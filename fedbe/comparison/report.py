@@ -8,7 +8,7 @@ from fedbe.evaluation.convergence import Point
 
 HEADER = (
     "arm", "lr", "runs", "**retention at matched score**", "retention at matched score, dialled", "downstream, test",
-    "clients' own models, test",
+    "clients' own models, test", "downstream at equal time, validation",
     "retention, end", "ΔCE, end", "sent (MB)", "simulated (s)", "wall (s)", "peak memory (MB)", "rounds to target",
     "simulated to target (s)", "sent to target (MB)", "times as fast",
 )  # fmt: skip
@@ -80,6 +80,7 @@ def _introduction(comparison: Comparison) -> Iterator[str]:
             f"Convergence is timed to a downstream validation accuracy of {comparison.target:.4f}; times as fast: the "
             f"simulated seconds of {comparison.reference.name} ÷ an arm's."
         )
+    yield f"Equal time: the {comparison.common_seconds:.0f} simulated seconds that the quickest run took."
     bases = {f"{run.base_accuracy:.4f}" for arm in comparison.arms for run in arm.runs}
     yield f"The base model's downstream accuracy on test data: {', '.join(sorted(bases))}."
 
@@ -103,6 +104,7 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
             percent(arm.dialled_retention_at(comparison.level)),
             shown(arm.estimate(lambda run: run.test_accuracy)),
             shown(arm.estimate(lambda run: run.personalised_accuracy)),
+            shown(arm.estimate(lambda run: run.accuracy_within(comparison.common_seconds))),
             percent(arm.estimate(lambda run: run.retention)),
             shown(delta),
             shown(sent, 1, 1e-6),

@@ -105,6 +105,10 @@ class RunResult:
         """Return the first evaluated round whose validation accuracy is at least `target`."""
         return None if target is None else first_reaching(self.points, target)
 
+    def accuracy_within(self, seconds: float) -> float:
+        """Return the validation accuracy of the last evaluated round that ended within so much simulated time."""
+        return [point.accuracy for point in self.points if point.simulated_seconds <= seconds][-1]
+
     def row(self, target: float | None) -> dict[str, Any]:
         """Return the run as a line of `comparison.csv`; sizes in bytes, times in seconds."""
         summary, reached = self.summary, self.reaching(target)

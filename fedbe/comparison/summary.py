@@ -132,6 +132,11 @@ class Comparison:
             return self.given_target if self.given_target is not None else self.level
         return common_level({a.name: [[(p.accuracy, 0.0) for p in run.points] for run in a.runs] for a in self.arms})
 
+    @cached_property
+    def common_seconds(self) -> float:
+        """The simulated time that every run had: what the quickest one took in all."""
+        return min(run.points[-1].simulated_seconds for arm in self.arms for run in arm.runs)
+
     @property
     def reference(self) -> Arm:
         """The arm over which acceleration is counted."""

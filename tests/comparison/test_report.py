@@ -81,6 +81,14 @@ def test_acceleration_is_the_baseline_s_cost_over_the_arm_s():
     assert two_arms(given_target=0.35, baseline="keeps").acceleration(quick, lambda point: point.round) is None
 
 
+def test_at_equal_time_each_arm_is_where_it_was_when_the_quickest_ended():
+    comparison = two_arms()
+    quick, keeps = comparison.arms
+    assert comparison.common_seconds == quick.runs[0].points[-1].simulated_seconds
+    at_equal_time = [arm.estimate(lambda run: run.accuracy_within(comparison.common_seconds)) for arm in (quick, keeps)]
+    assert [estimate.mean for estimate in at_equal_time] == [0.4, 0.2]
+
+
 def test_means_by_round_are_over_the_seeds():
     comparison = Comparison([result("a", 0, (0.1, 0.2, 0.3)), result("a", 1, (0.1, 0.4, 0.5), seconds=3.0)])
     place = comparison.arms[0].places[1]
