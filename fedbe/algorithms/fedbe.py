@@ -1,5 +1,6 @@
 """FedBE: blocks where clients gain most by them, and each client trains those that suit its data and its device."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -87,8 +88,8 @@ class FedBE(BlockExpansion):
         ]
         if self.round_seconds is not None and not self.round_seconds > 0:
             problems.append(Problem(f"{key}.round_seconds", self.round_seconds, "give seconds above 0, or null"))
-        if not self.round_growth >= 1:
-            problems.append(Problem(f"{key}.round_growth", self.round_growth, "give a factor of 1 or more"))
+        if not 1 <= self.round_growth < math.inf:
+            problems.append(Problem(f"{key}.round_growth", self.round_growth, "give a finite factor of 1 or more"))
         for name, least in (("probe_clients", 1), ("probe_batches", 1), ("sketch", 0)):
             if getattr(self, name) < least:
                 problems.append(Problem(f"{key}.{name}", getattr(self, name), f"give {least} or more"))
@@ -207,9 +208,13 @@ class FedBE(BlockExpansion):
             train[:, rows],
             memory_low,
             np.tile(costs.memory_train[rows], (len(cohort), 1)),
-            np.full(len(cohort), first * self.round_growth**round_index),
+            np.full(len(cohort), first * self._grown(round_index)),
             np.array([profile.memory_bytes for profile in profiles]),
         )
+
+    def _grown(self, round_index: int) -> float:
+        """Return `round_growth` to the power of the round; large, not an overflow, after thousands of rounds."""
+        return math.exp(min(round_index * math.log(self.round_growth), 300.0))
 
     def _next_position(self) -> int | None:
         return None if self.choice is None else self.placement.next_position(self.choice, self.expansion.positions)

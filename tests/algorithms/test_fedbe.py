@@ -100,6 +100,8 @@ def test_as_rounds_become_longer_slow_clients_join(tmp_path):
     loop = mixed(tmp_path / "run", fedbe(round_seconds=1.05 * quick, round_growth=slow / quick), rounds=2)
     loop.run()
     assert loop.history[1]["idle"] == ["client-2", "client-3"] and loop.history[2]["idle"] == []
+    # After thousands of rounds everybody has time for everything.
+    assert set(loop.algorithm.allocate(["client-3"], 100_000)["client-3"]) == {"block_0", "block_1", "block_2"}
 
 
 def test_too_little_memory_is_noted_for_methods_that_do_not_allocate(tmp_path):
