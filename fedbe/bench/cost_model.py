@@ -141,10 +141,11 @@ def measure_cost_model(loop: FederatedLoop, repeats: int) -> CostModelReport:
         ExpansionError: The model has no stack of blocks.
     """
     loop.setup()
-    model, units = loop.model, loop.algorithm.units()
+    model = loop.model
     batch = next(iter(loop.data.client_dataloader(loop.data.client_ids[0], generator(loop.seed, "bench"))))
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     costs = CostModel.of(model, inputs, 0.0, loop.algorithm.trainable_names)
+    units = reached(model, loop.algorithm.units(), inputs)
     sets = subsets(tuple(units))
     names = {chosen: tuple(name for unit in chosen for name in units[unit]) for chosen in sets}
     times: dict[tuple[str, ...], list[tuple[float, float]]] = {chosen: [] for chosen in sets}
@@ -158,6 +159,19 @@ def measure_cost_model(loop: FederatedLoop, repeats: int) -> CostModelReport:
         peak = peak_bytes(model, names[chosen], inputs)
         measurements.append(Measurement(chosen, cost, forward, backward, costs.weight_bytes, peak))
     return CostModelReport(tuple(measurements))
+
+
+def reached(
+    model: PreTrainedModel, units: Mapping[str, tuple[str, ...]], inputs: Mapping[str, Tensor]
+) -> dict[str, tuple[str, ...]]:
+    """Return the units to which the model's loss gives a gradient; a gate, which has a loss of its own, is none."""
+    parameters = dict(model.named_parameters())
+    freeze(model, [name for names in units.values() for name in names])
+    set_training_modes(model, [name for names in units.values() for name in names])
+    model(**inputs, **forward_options(model)).loss.backward()
+    found = {u: names for u, names in units.items() if any(parameters[name].grad is not None for name in names)}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def subsets(units: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from toy import toy_loop
 
-from fedbe.algorithms import BlockExpansion
+from fedbe.algorithms import BlockExpansion, Gated
 from fedbe.allocation.cost import Cost
 from fedbe.bench.cost_model import CostModelReport, Measurement, TensorMemory, measure_cost_model, subsets
 
@@ -42,6 +42,12 @@ def test_memory_of_tensors_is_followed():
     assert memory.current == pytest.approx(4000, abs=100)
     del kept
     assert memory.current < 100
+
+
+def test_a_gate_which_the_models_loss_does_not_reach_is_left_out(tmp_path):
+    gated = Gated(BlockExpansion([0, 2]), sequences=2, sequence_length=8)
+    report = measure_cost_model(toy_loop(tmp_path / "run", algorithm=gated), repeats=1)
+    assert {unit for m in report.measurements for unit in m.units} == {"block_0", "block_1"}
 
 
 def test_more_memory_is_measured_where_more_is_predicted(tmp_path):
