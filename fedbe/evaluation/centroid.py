@@ -15,6 +15,13 @@ from fedbe.evaluation.text import TextTask, evenly_spread
 from fedbe.seeding import generator
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[object], max_length: int) -> list[list[int]]:
+    """Return the token ids of each text, special tokens included, cut to `max_length`."""
+    encoded = tokenizer([str(text) for text in texts], truncation=True, max_length=max_length)
+    sequences: list[list[int]] = encoded["input_ids"]
+    return sequences
+
+
 def embed(model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch_size: int) -> Tensor:
     """Return unit vectors: the mean over tokens of the last hidden state. Shape ``[n, h]``, float32, on the CPU.
 
@@ -111,10 +118,10 @@ class CentroidTask(TextTask):
         episodes = self._draw([classes[label] for label in labels], len(classes), seed)
         used = sorted({row for episode in episodes for row in episode})
         place = {row: index for index, row in enumerate(used)}
-        self.support = self._encode(tokenizer, [texts[row] for row in used])
+        self.support = token_ids(tokenizer, [texts[row] for row in used], self.max_length)
         self.support_labels = torch.tensor([classes[labels[row]] for row in used])
         self.episode_rows = [torch.tensor([place[row] for row in episode]) for episode in episodes]
-        self.queries = self._encode(tokenizer, [questions[row] for row in kept])
+        self.queries = token_ids(tokenizer, [questions[row] for row in kept], self.max_length)
         self.query_labels = torch.tensor([classes[answers[row]] for row in kept])
 
     def _draw(self, labels: Sequence[int], classes: int, seed: int) -> list[list[int]]:
@@ -131,11 +138,6 @@ class CentroidTask(TextTask):
             for _ in range(self.episodes)
         ]
 
-    def _encode(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[object]) -> list[list[int]]:
-        encoded = tokenizer([str(text) for text in texts], truncation=True, max_length=self.max_length)
-        sequences: list[list[int]] = encoded["input_ids"]
-        return sequences
-
     def evaluate(self, model: PreTrainedModel) -> TaskScore:
         """Return the accuracy, averaged over episodes; its standard error is over the questions."""
         vectors = embed(model, [*self.support, *self.queries], self.batch_size)
@@ -146,6 +148,4 @@ class CentroidTask(TextTask):
                 for rows in self.episode_rows
             ]
         ).double()
-        per_query = right.mean(0)  # [q]
-        error = per_query.std().item() / len(per_query) ** 0.5 if len(per_query) > 1 else 0.0
-        return TaskScore(score=per_query.mean().item(), standard_error=error)
+        return TaskScore.of_items(right.mean(0))

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.errors import Problem
@@ -25,6 +26,12 @@ class TaskScore:
     score: float
     standard_error: float
     cross_entropy: float | None = None
+
+    @classmethod
+    def of_items(cls, scores: Tensor) -> "TaskScore":
+        """Return the mean of the items' scores with its standard error. Shape ``[n]``."""
+        error = scores.double().std().item() / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+        return cls(scores.double().mean().item(), error)
 
 
 class GeneralTask(ABC):

@@ -1,9 +1,16 @@
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fedbe.errors import Problem
 
@@ -47,3 +54,10 @@ def model() -> LlamaForCausalLM:
             num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.5, attention_dropout=0.3,
         )  # fmt: skip
         return LlamaForCausalLM(config).train()
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    return BertForSequenceClassification(config).train()

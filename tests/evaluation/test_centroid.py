@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertModel
 
 from fedbe.errors import ConfigError
 from fedbe.evaluation import CentroidTask
@@ -8,13 +8,6 @@ from fedbe.evaluation.centroid import embed, nearest_centroid
 
 TRAIN = {"text": ["aaa b", "aa ab", "a a a", "zzz y", "zz zy", "z z z"], "label": [3, 3, 3, 7, 7, 7]}
 TEST = {"text": ["aaaa", "ab aa", "zzzz", "zy zz"], "label": [3, 3, 7, 7]}
-
-
-@pytest.fixture
-def encoder():
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
-    return BertForSequenceClassification(config).train()
 
 
 def test_the_nearest_centroid_is_found_by_direction():
