@@ -1,8 +1,10 @@
 """What watches a run: measuring, stopping, showing and logging."""
 
-from fedbe.callbacks.checkpoint import CheckpointCallback, load_checkpoint
+from fedbe.callbacks.checkpoint import CheckpointCallback
 from fedbe.callbacks.communication import CommunicationCallback
 from fedbe.callbacks.convergence import ConvergenceCallback
+from fedbe.callbacks.faults import FaultInjection
+from fedbe.callbacks.guard import RollbackGuard
 from fedbe.callbacks.logging import LoggingCallback
 from fedbe.callbacks.plots import PlotCallback
 from fedbe.callbacks.progress import ProgressCallback
@@ -16,12 +18,13 @@ __all__ = [
     "CommunicationCallback",
     "ConvergenceCallback",
     "EarlyStopping",
+    "FaultInjection",
     "KeepBest",
     "LoggingCallback",
     "PlotCallback",
     "ProgressCallback",
     "RetentionCallback",
-    "load_checkpoint",
+    "RollbackGuard",
     "metric_value",
     "summary_table",
 ]

@@ -1,51 +1,50 @@
 """What it takes to continue a run, on disk after each round."""
 
-import json
-import os
 from collections.abc import Collection
-from pathlib import Path
-
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from fedbe.callback import FederatedCallback
+from fedbe.checkpoint import Checkpoints
 from fedbe.errors import Problem
 from fedbe.evaluation.tasks import check_at_least
+from fedbe.kept_outcomes import KeptOutcomes
 from fedbe.loop import FederatedLoop
-
-LAST = "last.safetensors"
 
 
 class CheckpointCallback(FederatedCallback):
-    """Writes `checkpoints/last.safetensors` after each round, whole or not at all.
+    """Writes `checkpoints/round_N.safetensors` after each round, whole or not at all.
+
+    A run is continued by ``--ckpt_path last``, to the same result as if it had never ended.
 
     Args:
-        every_n_rounds: Write after every so many rounds.
+        every_n_rounds: Write after every so many rounds, after the last, and when the run is interrupted.
+        keep: How many to keep, the newest.
+        each_client: Also keep what each client has sent until its round is done: a run that ended within a round
+            does not train them again. It takes the space of a cohort's updates.
     """
 
-    def __init__(self, every_n_rounds: int = 1) -> None:
+    def __init__(self, every_n_rounds: int = 1, keep: int = 2, each_client: bool = False) -> None:
         self.every_n_rounds = every_n_rounds
+        self.keep = keep
+        self.each_client = each_client
 
     def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
-        """Return what is wrong with the number."""
-        return check_at_least(key, 1, every_n_rounds=self.every_n_rounds)
+        """Return what is wrong with the numbers."""
+        return check_at_least(key, 1, every_n_rounds=self.every_n_rounds, keep=self.keep)
+
+    def on_run_start(self, loop: FederatedLoop) -> None:
+        """Have the loop keep what clients send, if that is asked for."""
+        if self.each_client:
+            loop.kept_outcomes = KeptOutcomes(loop.folder.checkpoints / "round", loop.identity)
 
     def on_round_written(self, loop: FederatedLoop) -> None:
-        """Save the global tensors and the loop's state in one file, and put it in the place of the one before."""
-        if loop.progress.completed % self.every_n_rounds == 0 or loop.done:
-            save_checkpoint(loop.folder.checkpoints / LAST, loop)
+        """Save the tensors and the loop's state in one file.
 
-
-def save_checkpoint(path: Path, loop: FederatedLoop) -> None:
-    """Write the loop's tensors, and its `state_dict` as JSON in the file's header; nothing executable."""
-    partial = path.with_suffix(".partial")
-    tensors = {name: tensor.contiguous() for name, tensor in loop.tensors().items()}
-    save_file(tensors, partial, metadata={"loop": json.dumps(loop.state_dict())})
-    os.replace(partial, path)
-
-
-def load_checkpoint(path: Path, loop: FederatedLoop) -> None:
-    """Put a loop that was set up from the same configuration where the one that wrote the checkpoint was."""
-    with safe_open(path, framework="pt") as file:
-        loop.load_state_dict(json.loads(file.metadata()["loop"]))
-        loop.load_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        Raises:
+            FedBEError: The disk is full; the checkpoints before this one are intact.
+        """
+        if loop.progress.completed % self.every_n_rounds == 0 or loop.done or loop.interrupted:
+            Checkpoints(loop.folder.checkpoints, self.keep).save(
+                loop.progress.completed, loop.tensors(), loop.state_dict()
+            )
+            if loop.kept_outcomes is not None:
+                loop.kept_outcomes.clear()

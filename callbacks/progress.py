@@ -14,7 +14,7 @@ from fedbe.callbacks.report import (
     summary_table,
 )
 from fedbe.loop import FederatedLoop
-from fedbe.update import ClientTask, Update
+from fedbe.update import ClientTask, Failure, Update
 
 _MOST_LINES = 50
 
@@ -54,6 +54,11 @@ class ProgressCallback(FederatedCallback):
     def on_client_end(self, loop: FederatedLoop, task: ClientTask, update: Update) -> None:
         """Count the client."""
         self._update_clients(advance=1)
+
+    def on_client_failure(self, loop: FederatedLoop, task: ClientTask, failure: Failure) -> None:
+        """Say who is left out, and why."""
+        self._update_clients(advance=1)
+        self._print(f"round {loop.record['round']} · without {failure.client_id}, {failure.kind}: {failure.reason}")
 
     def on_aggregate(self, loop: FederatedLoop, new_state: object) -> None:
         """Say that the new model is being scored."""

@@ -1,19 +1,15 @@
 """When a run has learned enough, and which round's model it keeps."""
 
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from fedbe.callback import FederatedCallback
-from fedbe.errors import Problem
+from fedbe.checkpoint import BEST, load_tensors, save_tensors
+from fedbe.errors import FedBEError, Problem
 from fedbe.evaluation.tasks import check_at_least
 from fedbe.loop import FederatedLoop
 from fedbe.records import Mode, better, check_monitor, metric_value
-
-BEST = "best.safetensors"
 
 
 def without_improvement(values: Sequence[float], mode: Mode, min_delta: float = 0.0) -> int:
@@ -120,14 +116,15 @@ class KeepBest(FederatedCallback):
             return
         if self.value is None or better(value, self.value, self.mode):
             self.value, self.round = value, loop.record["round"]
-            partial = loop.folder.checkpoints / f"{BEST}.partial"
-            save_file({name: tensor.contiguous() for name, tensor in loop.state.items()}, partial)
-            os.replace(partial, loop.folder.checkpoints / BEST)
+            save_tensors(loop.folder.checkpoints / BEST, loop.state, {"round": self.round})
 
     def on_last_round(self, loop: FederatedLoop) -> None:
         """Put the best round's tensors back, before the final scoring."""
         if self.round is not None:
-            loop.restore(load_file(loop.folder.checkpoints / BEST))
+            tensors, state = load_tensors(loop.folder.checkpoints / BEST)
+            if state["round"] != self.round:
+                raise FedBEError(f"{BEST} is of round {state['round']}, not of {self.round}")
+            loop.restore(tensors)
         loop.summary["kept_round"] = self.round
 
     def state_dict(self) -> dict[str, Any]:

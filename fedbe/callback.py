@@ -11,7 +11,7 @@ from fedbe.errors import Problem
 
 if TYPE_CHECKING:
     from fedbe.loop import FederatedLoop
-    from fedbe.update import ClientTask, Update
+    from fedbe.update import ClientTask, Failure, Outcome, Update
 
 
 class FederatedCallback:
@@ -39,8 +39,15 @@ class FederatedCallback:
     def on_client_start(self, loop: FederatedLoop, task: ClientTask) -> None:
         """Called before a client trains, with what it received."""
 
+    def on_client_update(self, loop: FederatedLoop, task: ClientTask, update: Update) -> Outcome | None:
+        """Called when a client's update has arrived; return what takes its place, ``None`` to leave it."""
+        return None
+
+    def on_client_failure(self, loop: FederatedLoop, task: ClientTask, failure: Failure) -> None:
+        """Called when nothing came of a client's round; it is left out."""
+
     def on_client_end(self, loop: FederatedLoop, task: ClientTask, update: Update) -> None:
-        """Called when a client's update has arrived, before it is aggregated."""
+        """Called with a client's update as `on_client_update` left it, before it is checked and aggregated."""
 
     def on_aggregate(self, loop: FederatedLoop, new_state: Mapping[str, Tensor]) -> None:
         """Called with the new global tensors, before they replace `loop.state`."""

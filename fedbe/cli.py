@@ -189,12 +189,13 @@ def pretrain_command(arguments: Sequence[str]) -> None:
 
 
 def bench_command(arguments: Sequence[str]) -> None:
-    """Measure on this machine: `overhead` (time), `memory`, `fedit` (both, with LoRA), or the `cost-model`'s errors."""
+    """Measure on this machine: `overhead` (time), `memory`, `fedit` (both, with LoRA), `cost-model`, `prefix`."""
     kinds = {
         "overhead": bench_overhead,
         "memory": bench_memory,
         "fedit": bench_fedit,
         "cost-model": bench_cost_model,
+        "prefix": bench_prefix,
     }
     if not arguments or arguments[0] not in kinds:
         given = arguments[0] if arguments else None
@@ -271,6 +272,27 @@ def bench_cost_model(arguments: Sequence[str]) -> None:
     with TemporaryDirectory() as folder:
         settings = [f"--config={options.config}", f"--output={folder}/run", "--logger=none", "--general_tasks=[]"]
         print(measure_cost_model(build(*read_run(run_parser("fit"), settings)), options.repeats))
+
+
+def bench_prefix(arguments: Sequence[str]) -> None:
+    """Measure local steps with shared-prefix reuse over steps without, by the position of the block that trains."""
+    from tempfile import TemporaryDirectory
+
+    from fedbe.bench.prefix import HEADER, measure_prefix
+    from fedbe.fit import build
+
+    parser = ArgumentParser(prog="fedbe bench prefix", description=bench_prefix.__doc__, exit_on_error=False)
+    parser.add_argument("--config", type=Path, default=shipped_config("quickstart"), help="A run's configuration.")
+    parser.add_argument("--repeats", type=int, default=15, help="Pairs of steps to take the median of.")
+    options = parse(parser, arguments)
+    if options.repeats < 1:
+        raise ConfigError(Problem("repeats", options.repeats, "give 1 or more"))
+    with TemporaryDirectory() as folder:
+        settings = [f"--config={options.config}", f"--output={folder}/run", "--logger=none", "--general_tasks=[]"]
+        gains = measure_prefix(build(*read_run(run_parser("fit"), settings)), options.repeats)
+    print(HEADER)
+    for gain in gains:
+        print(gain)
 
 
 def bench_parser(kind: str, description: str | None, rounds: int) -> ArgumentParser:

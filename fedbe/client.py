@@ -1,6 +1,7 @@
 """ClientModule: the LightningModule of one client, around the one resident model."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from fedbe.data import Batch
-from fedbe.errors import Problem
+from fedbe.errors import ClientTimeoutError, Problem
 from fedbe.expansion import freeze, set_training_modes
 from fedbe.models import forward_options
 from fedbe.objectives import LocalObjective
@@ -79,6 +80,7 @@ class ClientModule(L.LightningModule):
         schedule: Builds the learning-rate scheduler from an optimizer and the number of steps; ``None`` for none.
         objective: What this client minimises; ``None`` for the model's own loss.
         watched: Groups of trained parameters, name → parameter names, whose gradients' size is measured.
+        timeout_seconds: How long the training may take, from now on; ``None`` for as long as it takes.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class ClientModule(L.LightningModule):
         schedule: Callable[[Optimizer, int], LambdaLR] | None = None,
         objective: LocalObjective | None = None,
         watched: Mapping[str, tuple[str, ...]] | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:
         super().__init__()
+        self._timeout, self._begun = timeout_seconds, time.monotonic()
         self.model = model
         self.trainable_names = trainable_names
         self.samples_seen = 0
@@ -104,7 +108,13 @@ class ClientModule(L.LightningModule):
         set_training_modes(model, trainable_names)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the objective on one batch; count its samples and note the model's own loss."""
+        """Return the objective on one batch; count its samples and note the model's own loss.
+
+        Raises:
+            ClientTimeoutError: The client has trained for too long.
+        """
+        if self._timeout is not None and time.monotonic() - self._begun > self._timeout:
+            raise ClientTimeoutError(f"not done after {self._timeout:g} s and {batch_index} steps")
         loss: Tensor = self.model(**batch, **forward_options(self.model)).loss
         self.samples_seen += len(next(iter(batch.values())))
         self._losses.append(loss.detach())

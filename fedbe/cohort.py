@@ -38,8 +38,35 @@ class CohortSampler:
             ConfigError: `size` is outside its range or larger than the number of clients.
         """
         count = cohort_count(self.size, len(client_ids))
+        return self._first(count, client_ids, experience, round_index, available, ())
+
+    def others(
+        self,
+        count: int,
+        cohort: Collection[str],
+        client_ids: Sequence[str],
+        experience: int,
+        round_index: int,
+        available: Collection[str] | None = None,
+    ) -> list[str]:
+        """Return up to `count` clients to take the place of some in `cohort`: those who come next in the same draw."""
+        return self._first(count, client_ids, experience, round_index, available, cohort)
+
+    def _first(
+        self,
+        count: int,
+        client_ids: Sequence[str],
+        experience: int,
+        round_index: int,
+        available: Collection[str] | None,
+        without: Collection[str],
+    ) -> list[str]:
         draw = torch.randperm(len(client_ids), generator=generator(self.seed, "cohort", experience, round_index))
-        there = [index for index in draw.tolist() if available is None or client_ids[index] in available]
+        there = [
+            index
+            for index in draw.tolist()
+            if (available is None or client_ids[index] in available) and client_ids[index] not in without
+        ]
         return [client_ids[index] for index in sorted(there[:count])]
 
 

@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
-from fedbe.aggregation import Mean, ServerOptimizer
+from fedbe.aggregation import Averaging, Mean, SampleWeighted, ServerOptimizer
 from fedbe.algorithms import Algorithm, BlockExpansion
 from fedbe.allocation import SimulatedClock
 from fedbe.callback import FederatedCallback
+from fedbe.checkpoint import LAST, Checkpoint, Checkpoints, read_checkpoint
 from fedbe.client import OptimizerFactory, Schedule
 from fedbe.cohort import cohort_count
 from fedbe.data import FederatedDataModule
@@ -21,6 +22,8 @@ from fedbe.errors import ConfigError, Problem
 from fedbe.evaluation.tasks import GeneralTask, check_tasks
 from fedbe.models import BaseModel
 from fedbe.objectives import Objective, Plain
+from fedbe.prefix import PrefixReuse
+from fedbe.quorum import Quorum
 from fedbe.records import metric_paths
 from fedbe.run_folder import RunFolder
 from fedbe.trainer import check_trainer, trainer_options
@@ -65,17 +68,30 @@ class Federation:
         rounds: Number of rounds.
         cohort: Clients in a round: ``all``, a fraction (0.5) or a number (5).
         evaluate_every_n_rounds: Downstream validation every so many rounds, and after the last.
+        averaging: How updates are averaged: a class of `fedbe.aggregation`, for clients that may be wrong or hostile
+            or that are to stay private.
         server_optimizer: How the mean of the updates moves the global model: a class of `fedbe.aggregation`.
+        quorum: How many clients of a round must not fail, and what happens if more do.
+        client_timeout_seconds: A client that is not done by then, looked at before each of its steps, has failed;
+            ``null`` to wait.
     """
 
     rounds: int = 20
     cohort: int | float | Literal["all"] = "all"
     evaluate_every_n_rounds: int = 1
+    averaging: Averaging = field(default_factory=SampleWeighted)
     server_optimizer: ServerOptimizer = field(default_factory=Mean)
+    quorum: Quorum = field(default_factory=Quorum)
+    client_timeout_seconds: float | None = None
 
     def check(self, key: str = "federation") -> list[Problem]:
         """Return the mistakes in this section that do not depend on the data."""
-        problems = self.server_optimizer.check(f"{key}.server_optimizer")
+        problems = self.server_optimizer.check(f"{key}.server_optimizer") + self.quorum.check(f"{key}.quorum")
+        problems += self.averaging.check(f"{key}.averaging")
+        if self.client_timeout_seconds is not None and not self.client_timeout_seconds > 0:
+            problems.append(
+                Problem(f"{key}.client_timeout_seconds", self.client_timeout_seconds, "give seconds above 0")
+            )
         counts = {"rounds": self.rounds, "evaluate_every_n_rounds": self.evaluate_every_n_rounds}
         problems += [Problem(f"{key}.{name}", value, "give 1 or more") for name, value in counts.items() if value < 1]
         if self.cohort != "all" and (self.cohort <= 0 or (isinstance(self.cohort, float) and self.cohort > 1)):
@@ -108,8 +124,12 @@ class RunConfig:
         general_tasks: What the base model could do, scored before and after to see what was kept.
         callbacks: Added to the standard ones; one of a standard class takes that one's place.
         trainer: Arguments of each client's `L.Trainer`; loggers, checkpoints and progress bars are the run's.
+        prefix: Keep what the frozen blocks below all that is trained compute of each sequence; ``null`` to compute it
+            each time.
         clock: The clients' simulated devices and the time they take; ``null`` to take each client's measured time.
         logger: ``wandb`` (offline unless a key is present), ``csv``, ``tensorboard``, ``none``, or a Lightning logger.
+        ckpt_path: Continue a run: ``last`` for the newest checkpoint of the run of this name or in `output`, or the
+            path of one; ``null`` to begin. With ``last`` and no checkpoint yet, the run begins.
     """
 
     data: FederatedDataModule
@@ -123,13 +143,33 @@ class RunConfig:
     general_tasks: Sequence[GeneralTask] = ()
     callbacks: Sequence[FederatedCallback] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    prefix: PrefixReuse | None = None
     clock: SimulatedClock | None = None
     logger: Literal["wandb", "csv", "tensorboard", "none"] | Logger = "wandb"
+    ckpt_path: str | None = None
 
     @property
     def folder(self) -> Path:
-        """Where the run goes."""
-        return self.output or RunFolder.next_free(Path("runs"), self.name)
+        """Where the run goes, or where the one is that is continued."""
+        if self.ckpt_path not in (None, LAST):
+            return Path(str(self.ckpt_path)).parent.parent
+        if self.output is not None:
+            return self.output
+        latest = RunFolder.latest(Path("runs"), self.name) if self.ckpt_path == LAST else None
+        return latest or RunFolder.next_free(Path("runs"), self.name)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint to continue from, if there is one.
+
+        Raises:
+            ConfigError: It cannot be used; the one before it is offered.
+        """
+        if self.ckpt_path is None:
+            return None
+        if self.ckpt_path != LAST:
+            return read_checkpoint(Path(self.ckpt_path))
+        newest = next(Checkpoints(RunFolder(self.folder).checkpoints).newest_first(), None)
+        return None if newest is None else read_checkpoint(newest)
 
     def check(self) -> list[Problem]:
         """Return all mistakes that can be seen before the weights are loaded and data is encoded."""
@@ -170,6 +210,21 @@ def check_combination(algorithm: Algorithm, client: Client, federation: Federati
     if not isinstance(server, Mean) and (algorithm.restarts or not algorithm.aggregates):
         remedy = f"{restarts if algorithm.restarts else f'with {name} {alone}'}: give fedbe.aggregation.Mean"
         problems.append(Problem("federation.server_optimizer", type(server).__name__, remedy))
+    return problems + check_averaging(algorithm, objective, federation.averaging)
+
+
+def check_averaging(algorithm: Algorithm, objective: Objective, averaging: Averaging) -> list[Problem]:
+    """Return why updates of this algorithm cannot be averaged by this rule."""
+    key, value, name = "federation.averaging", type(averaging).__name__, type(algorithm).__name__
+    problems = []
+    if not averaging.exact and (algorithm.own_average or not algorithm.aggregates):
+        does = "has a rule of its own for what clients send" if algorithm.aggregates else "aggregates nothing"
+        problems.append(Problem(key, value, f"{name} {does}: give fedbe.aggregation.SampleWeighted"))
+    if not averaging.covers_reports and algorithm.reports:
+        problems.append(Problem(key, value, f"does not cover what clients report to {name}: {algorithm.reports}"))
+    if not averaging.covers_reports and objective.needs_lasting_tensors:
+        remedy = f"does not cover what clients send for {type(objective).__name__}: give fedbe.objectives.Plain"
+        problems.append(Problem(key, value, remedy))
     return problems
 
 
@@ -212,6 +267,7 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     options = trainer_options(sections["trainer"])
     problems += check_trainer(options, model.dtype, client.schedule.name)
     problems += check_clock(sections["clock"], options)
+    problems += sections["prefix"].check() if sections["prefix"] else []
     problems += check_pooling(sections["algorithm"], sections["federation"], options)
     problems += check_tasks(sections["general_tasks"], "general_tasks")
     metrics = metric_paths([task.name for task in sections["general_tasks"]])
@@ -219,5 +275,6 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
         problems += callback.check(f"callbacks[{index}].init_args", metrics)
     if sections["logger"] == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         problems.append(Problem("logger", "tensorboard", "is not installed: pip install 'fedbe[tensorboard]'"))
-    folder_problem = sections["output"] and RunFolder.problem(sections["output"])
+    begins = sections["output"] and not sections.get("ckpt_path")
+    folder_problem = RunFolder.problem(sections["output"]) if begins else None
     return problems + ([folder_problem] if folder_problem else [])

@@ -43,3 +43,11 @@ class ExpansionError(FedBEError):
 
 class UpdateError(FedBEError):
     """Raised when a client's update cannot enter an average; the message names the client and the tensor."""
+
+
+class ClientTimeoutError(FedBEError):
+    """Raised in a client's training when it has taken longer than it may."""
+
+
+class QuorumError(FedBEError):
+    """Raised when too few clients of a round came through; the message names each that failed."""

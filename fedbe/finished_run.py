@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fedbe.callbacks.checkpoint import LAST
-from fedbe.callbacks.stopping import BEST
+from fedbe.checkpoint import BEST, Checkpoints, load_tensors
 from fedbe.config import RunConfig
 from fedbe.errors import ConfigError, Problem
 from fedbe.fit import build
@@ -61,44 +60,42 @@ class FinishedRun:
             ConfigError: The configuration cannot run any more, or the tensors are gone or do not fit it.
         """
         run = self.run if general_tasks else replace(self.run, general_tasks=())
-        self._check_checkpoint()
+        state, tensors = self._read_checkpoint()
         loop = build(run, self.config)
         loop.folder = self.folder
         loop.setup()
         start = loop.state
-        with safe_open(self._last, framework="pt") as file:
-            loop.algorithm.load_state_dict(json.loads(file.metadata()["loop"])["algorithm"])
-        with safe_open(self._final, framework="pt") as file:
-            names = loop.algorithm.state_names
-            missing = sorted(set(names) - set(file.keys()))
-            if missing:
-                remedy = f"lacks {missing[0]}: it belongs to another configuration than {self.folder.config}"
-                raise ConfigError(Problem("run", str(self._final), remedy))
-            loop.restore({name: file.get_tensor(name) for name in names})
+        loop.algorithm.load_state_dict(state["algorithm"])
+        names = loop.algorithm.state_names
+        missing = sorted(set(names) - tensors.keys())
+        if missing:
+            remedy = f"lacks {missing[0]}: it belongs to another configuration than {self.folder.config}"
+            raise ConfigError(Problem("run", str(self.folder.checkpoints), remedy))
+        loop.restore({name: tensors[name] for name in names})
         return loop, start
 
-    @property
-    def _last(self) -> Path:
-        return self.folder.checkpoints / LAST
+    def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the state at the run's end, and the tensors of its model: of the last round or of the one kept."""
+        last = next(
+            Checkpoints(self.folder.checkpoints).newest_first(), self.folder.checkpoints / "round_*.safetensors"
+        )
+        state, tensors = self._load(last)
+        done = state["progress"]["completed"]
+        if done != self.summary["rounds"]:
+            remedy = f"was written after round {done}, and the run ended after round {self.summary['rounds']}"
+            raise ConfigError(Problem("run", str(last), remedy))
+        if self.summary.get("kept_round") is not None:
+            _, tensors = self._load(self.folder.checkpoints / BEST)
+        return state, tensors
 
-    @property
-    def _final(self) -> Path:
-        """The tensors of the model that the run ended with: of the last round, or of the one that was kept."""
-        return self._last if self.summary.get("kept_round") is None else self.folder.checkpoints / BEST
-
-    def _check_checkpoint(self) -> None:
-        """Raise a problem unless the tensors of the run's end are there."""
-        for path in (self._last, self._final):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    state = json.loads((file.metadata() or {}).get("loop", "{}"))
-            except (OSError, SafetensorError) as error:
-                remedy = f"cannot be read, and the model cannot be made without it: {error}"
-                raise ConfigError(Problem("run", str(path), remedy)) from error
-            done = state.get("progress", {}).get("completed", self.summary["rounds"])
-            if done != self.summary["rounds"]:
-                remedy = f"was written after round {done}, and the run ended after round {self.summary['rounds']}"
-                raise ConfigError(Problem("run", str(path), remedy))
+    @staticmethod
+    def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        try:
+            tensors, state = load_tensors(path)
+        except (OSError, SafetensorError, ValueError) as error:
+            remedy = f"cannot be read, and the model cannot be made without it: {error}"
+            raise ConfigError(Problem("run", str(path), remedy)) from error
+        return state, tensors
 
 
 def read_summary(folder: RunFolder) -> dict[str, Any]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib
 import netrc
 import os
-from collections.abc import Mapping, Sequence, Sized
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, cast
 
 import lightning as L
@@ -14,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from fedbe.algorithms import PooledData
 from fedbe.callback import FederatedCallback
+from fedbe.checkpoint import Checkpoint, check_same_run
 from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.config import RunConfig
 from fedbe.data import FederatedDataModule
@@ -29,9 +35,9 @@ STANDARD_CALLBACKS = (
     "RetentionCallback",
     "ConvergenceCallback",
     "CommunicationCallback",
-    "CheckpointCallback",
     "PlotCallback",
-    "LoggingCallback",
+    "LoggingCallback",  # before the checkpoint: a round that is continued may be logged again, none is left out
+    "CheckpointCallback",
     "ProgressCallback",
 )
 """Classes of `fedbe.callbacks` that every run has, named here so that the framework does not import them."""
@@ -46,15 +52,48 @@ def fit(run: RunConfig, config: Mapping[str, Any]) -> RunFolder:
 
     Raises:
         ConfigError: The configuration cannot run; nothing was written then.
-        UpdateError: A client sent nothing usable.
+        QuorumError: Too many clients of a round failed.
     """
-    loop = build(run, config)
-    loop.run()
+    checkpoint = run.checkpoint()
+    if checkpoint is not None:
+        check_same_run(checkpoint, config)
+    loop = build(run, config, checkpoint)
+    with stopping_on_interrupt(loop):
+        loop.run(checkpoint)
     return loop.folder
 
 
-def build(run: RunConfig, config: Mapping[str, Any]) -> FederatedLoop:
+@contextmanager
+def stopping_on_interrupt(loop: FederatedLoop) -> Iterator[None]:
+    """At the first Ctrl-C let the loop end where it can be continued, at the second end it at once.
+
+    Where signals cannot be handled, outside of the main thread, Ctrl-C is what it was.
+    """
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        loop.interrupted = True
+        signal.signal(signal.SIGINT, before)
+        what = "client" if loop.kept_outcomes is not None else "round"
+        print(f"fedbe: ends after this {what}; Ctrl-C again to end at once", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def build(run: RunConfig, config: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> FederatedLoop:
     """Check everything, load data and model, and return the loop ready to run; nothing is written yet.
+
+    Args:
+        run: The configuration, its classes instantiated.
+        config: The resolved configuration.
+        checkpoint: What the run is continued from, if it is.
 
     Raises:
         ConfigError: The configuration cannot run; it carries every mistake found.
@@ -69,7 +108,7 @@ def build(run: RunConfig, config: Mapping[str, Any]) -> FederatedLoop:
     with isolated_rng(derive_seed(run.seed, "new head")):
         model = run.model.load(run.data.num_labels, getattr(processor, "pad_token_id", None))
     torch.nn.Module.to(model, L.Trainer(**QUIET, **options).strategy.root_device)
-    folder = RunFolder(run.folder)
+    folder = RunFolder(run.folder, begin_again=run.ckpt_path is not None)
     engine = InProcessEngine(
         model,
         run.algorithm,
@@ -80,6 +119,7 @@ def build(run: RunConfig, config: Mapping[str, Any]) -> FederatedLoop:
         options,
         run.seed,
         run.client.objective,
+        run.federation.client_timeout_seconds,
     )
     return FederatedLoop(
         model=model,
@@ -90,14 +130,17 @@ def build(run: RunConfig, config: Mapping[str, Any]) -> FederatedLoop:
         sampler=CohortSampler("all" if run.algorithm.pooled else run.federation.cohort, run.seed),
         folder=folder,
         rounds=run.federation.rounds,
+        quorum=run.federation.quorum,
+        averaging=run.federation.averaging,
         server_optimizer=run.federation.server_optimizer,
         objective=run.client.objective,
         evaluate_every_n_rounds=run.federation.evaluate_every_n_rounds,
         general_tasks=run.general_tasks,
         callbacks=with_standard_callbacks(run.callbacks),
-        logger=build_logger(run, folder),
+        logger=build_logger(run, folder, checkpoint.state["logger"] if checkpoint else None),
         seed=run.seed,
         config=config,
+        prefix=run.prefix,
         measure=capabilities_of(run.clock, run.client.optimizer, options) if run.clock else None,
     )
 
@@ -136,13 +179,21 @@ def with_standard_callbacks(given: Sequence[FederatedCallback]) -> list[Federate
     return [*chosen[:3], *own, *chosen[3:]]
 
 
-def build_logger(run: RunConfig, folder: RunFolder) -> Logger | None:
-    """Return the logger that the configuration names; W&B stays offline unless a key is present."""
+def build_logger(run: RunConfig, folder: RunFolder, version: str | int | None = None) -> Logger | None:
+    """Return the logger that the configuration names; W&B stays offline unless a key is present.
+
+    Args:
+        run: The configuration.
+        folder: Where loggers write.
+        version: Which of a logger's runs is continued; ``None`` for a new one.
+    """
     if run.logger == "wandb":
         import wandb  # here, so that runs without it do not wait for its import
 
         quiet = wandb.Settings(silent=True, console="off")
-        return WandbLogger(run.name, str(folder.path), offline=not wandb_online(), project="fedbe", settings=quiet)
+        same: dict[str, Any] = {} if version is None else {"id": str(version), "resume": "allow"}
+        offline = not wandb_online()
+        return WandbLogger(run.name, str(folder.path), offline=offline, project="fedbe", settings=quiet, **same)
     if run.logger == "csv":
         return CSVLogger(str(folder.path), name="csv", version="")
     if run.logger == "tensorboard":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -12,19 +13,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from fedbe.aggregation import Mean, ServerOptimizer
+from fedbe.aggregation import Aggregator, Averaging, Mean, SampleWeighted, ServerOptimizer
 from fedbe.algorithms.base import Algorithm
 from fedbe.allocation import Capabilities
 from fedbe.callback import FederatedCallback
-from fedbe.cohort import CohortSampler
+from fedbe.checkpoint import Checkpoint, check_same_base, check_same_run, checksum, fingerprint, influential
+from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.data import Batch, FederatedDataModule
 from fedbe.engines.base import Engine
-from fedbe.errors import UpdateError
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.evaluation.personalised import summarise_clients
 from fedbe.evaluation.tasks import GeneralTask
+from fedbe.kept_outcomes import KeptOutcomes
 from fedbe.machine import peak_rss_bytes, versions
+from fedbe.metrics_file import MetricsFile
 from fedbe.objectives import Objective
+from fedbe.prefix import Prefix, PrefixReuse, reuse_prefix
+from fedbe.quorum import Quorum
+from fedbe.round import Round
 from fedbe.run_folder import RunFolder
 from fedbe.timing import RoundTiming
 from fedbe.update import ClientTask, Update, copy_tensors, load_tensors
@@ -58,6 +64,8 @@ class FederatedLoop:
         sampler: Which clients take part in a round.
         folder: The run's folder on disk.
         rounds: Number of rounds.
+        quorum: How many clients of a round must not fail.
+        averaging: How updates are averaged, where it is not the algorithm's own rule.
         server_optimizer: How the mean of the updates moves the global tensors.
         objective: What clients minimise, here its part on the server; the engine has the same object.
         evaluate_every_n_rounds: Downstream validation every so many rounds, and always after the last.
@@ -72,7 +80,10 @@ class FederatedLoop:
         record: The line of `metrics.jsonl` that the round under way is writing.
         history: The records of completed rounds; the first is round 0, the base model.
         summary: What `summary.json` will hold.
-        stop_reason: Why the run ended; ``None`` while it goes on.
+        stop_reason: Why the run ends before its last round; ``None`` if nobody asked for it.
+        interrupted: Whether it is to end at the next place from which it can be continued.
+        kept_outcomes: Where to keep what clients of the round under way have sent; ``None`` for nowhere.
+        prefix: How much of what frozen blocks compute is kept; ``None`` to compute it each time.
         measure: Counts, on the prepared model, what clients can afford; ``None`` where their devices are not simulated.
         capabilities: What `measure` returned.
         simulated_seconds: Time that clients working side by side would have taken: each round until the server went
@@ -87,14 +98,17 @@ class FederatedLoop:
     sampler: CohortSampler
     folder: RunFolder
     rounds: int
+    averaging: Averaging = field(default_factory=SampleWeighted)
     server_optimizer: ServerOptimizer = field(default_factory=Mean)
     objective: Objective = field(default_factory=Objective)
+    quorum: Quorum = field(default_factory=Quorum)
     evaluate_every_n_rounds: int = 1
     general_tasks: Sequence[GeneralTask] = ()
     callbacks: Sequence[FederatedCallback] = ()
     logger: Logger | None = None
     seed: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
+    prefix: PrefixReuse | None = None
     measure: Callable[[FederatedLoop], Capabilities] | None = None
 
     experience: int = 0
@@ -106,21 +120,37 @@ class FederatedLoop:
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     stop_reason: str | None = None
+    interrupted: bool = False
+    kept_outcomes: KeptOutcomes | None = None
     simulated_seconds: float = 0.0
     capabilities: Capabilities | None = None
     _inputs: Batch = field(default_factory=dict, repr=False)
+    _prefix: Prefix | None = field(default=None, repr=False)
+    _base: str = field(default="", repr=False)
+    _metrics: MetricsFile = field(init=False, repr=False)
     _started: float = field(default_factory=time.perf_counter, repr=False)
 
-    def run(self) -> dict[str, Any]:
-        """Run all rounds and return the summary.
+    def __post_init__(self) -> None:
+        self._metrics = MetricsFile(self.folder.metrics)
+
+    def run(self, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+        """Run all rounds, or those that are left, and return the summary.
+
+        Args:
+            checkpoint: Where to go on; ``None`` to begin.
 
         Raises:
-            UpdateError: A client sent nothing usable.
+            ConfigError: The checkpoint is of another run, or the run's folder is taken.
+            QuorumError: Too many clients of a round failed.
+            KeyboardInterrupt: `interrupted` was set; the run can be continued.
         """
         self._started = time.perf_counter()
         try:
             self.setup()
-            self.on_run_start()
+            if checkpoint is None:
+                self.on_run_start()
+            else:
+                self.resume(checkpoint)
             while not self.done:
                 self.advance()
             self.on_run_end()
@@ -131,12 +161,17 @@ class FederatedLoop:
 
     @property
     def done(self) -> bool:
-        """Whether the last round has been run; `stop_reason` says why it was the last."""
-        return self.stop_reason is not None
+        """Whether the last round has been run, or there is a `stop_reason`."""
+        return self.stop_reason is not None or self.progress.completed >= self.rounds
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after this round, and say why; the first reason counts."""
         self.stop_reason = self.stop_reason or reason
+
+    @property
+    def identity(self) -> str:
+        """A digest of the configuration and the base model, which tells this run from others."""
+        return checksum({}, json.dumps([influential(self.config), self._base]))
 
     @property
     def round_index(self) -> int:
@@ -145,6 +180,7 @@ class FederatedLoop:
 
     def setup(self) -> None:
         """Prepare the general tasks on the base model, then turn it into the resident model."""
+        self._base = fingerprint(self.model)
         for task in self.general_tasks:
             task.prepare(self.model, self.tokenizer, self.seed)
         self.objective.prepare(self.model, self.tokenizer, self.seed)
@@ -157,6 +193,9 @@ class FederatedLoop:
         self.algorithm.prepare(self.model, self._inputs)
         self.state = copy_tensors(self.model, self.algorithm.state_names)
         self.objective.setup(self._trained_state(), len(self.data.client_ids))
+        self._reuse_prefix()
+        clients = len(self.data.client_ids)
+        self.averaging.setup(clients, cohort_count(self.sampler.size, clients), self.seed)
         self._measure_capabilities()
 
     def on_run_start(self) -> None:
@@ -167,6 +206,20 @@ class FederatedLoop:
         self._score_round()
         self.call("on_run_start")
         self._write_record()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of this run, after `setup`; what the run wrote after it is dropped.
+
+        Raises:
+            ConfigError: It is of another configuration or another base model, or the run's files were changed.
+        """
+        check_same_run(checkpoint, self.config)
+        check_same_base(checkpoint, self._base)
+        self.history = self._metrics.rewind(checkpoint.state["metrics"])
+        self.load_state_dict(checkpoint.state)
+        self.load_tensors(checkpoint.tensors)
+        self.record = self.history[-1]
+        self.call("on_run_start")
 
     def advance(self) -> None:
         """Run one round."""
@@ -180,9 +233,17 @@ class FederatedLoop:
         self.call("on_round_end")
         self._grow()
         self.progress.completed += 1
-        if self.progress.completed >= self.rounds:
-            self.stop(f"all {self.rounds} rounds are done")
         self._write_record()
+        self.raise_if_interrupted()
+
+    def raise_if_interrupted(self) -> None:
+        """End the run where it can be continued, if that was asked for.
+
+        Raises:
+            KeyboardInterrupt: It was.
+        """
+        if self.interrupted and not self.done:
+            raise KeyboardInterrupt
 
     def on_run_end(self) -> None:
         """Score the final model on the test data, and write the summary and the checkpoint."""
@@ -191,17 +252,19 @@ class FederatedLoop:
             "algorithm": type(self.algorithm).__name__,
             "seed": self.seed,
             "rounds": self.progress.completed,
-            "stop_reason": self.stop_reason,
+            "stop_reason": self.stop_reason or f"all {self.rounds} rounds are done",
             "downstream": self._downstream(self.data.test_dataloader()),
             "personalised": self._personalised(self.data.client_test_dataloader),
             "trainable_parameters": sum(tensor.numel() for tensor in self.state.values()),
         }
         self.call("on_run_end")
-        report = self.algorithm.export(self.model, self.folder.model, self.tokenizer)
+        with self.folder.new_model() as directory:
+            report = self.algorithm.export(self.model, directory, self.tokenizer)
         self.summary |= {
             "model": {"plain": report.plain, "note": report.reason},
             "simulated_seconds": self.simulated_seconds,
             "wall_seconds": self.wall_seconds,
+            "prefix": None if self._prefix is None else self._prefix.figures,
             "peak_rss_bytes": peak_rss_bytes(),
             "versions": versions(),
         }
@@ -249,13 +312,17 @@ class FederatedLoop:
     def state_dict(self) -> dict[str, Any]:
         """Return all but the tensors (`tensors`) that it takes to continue, as plain JSON values."""
         return {
+            "config": dict(self.config),
+            "base": self._base,
             "experience": self.experience,
             "progress": asdict(self.progress),
-            "history": self.history,
+            "metrics": self._metrics.position,
             "summary": self.summary,
             "stop_reason": self.stop_reason,
             "simulated_seconds": self.simulated_seconds,
+            "wall_seconds": self.wall_seconds,
             "algorithm": self.algorithm.state_dict(),
+            "logger": None if self.logger is None else self.logger.version,
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
 
@@ -263,10 +330,10 @@ class FederatedLoop:
         """Continue from a `state_dict`; its tensors come through `load_tensors`."""
         self.experience = state["experience"]
         self.progress = Progress(**state["progress"])
-        self.history = list(state["history"])
         self.summary = dict(state["summary"])
         self.stop_reason = state["stop_reason"]
         self.simulated_seconds = state["simulated_seconds"]
+        self._started = time.perf_counter() - state["wall_seconds"]
         self.algorithm.load_state_dict(state["algorithm"])
         self._measure_capabilities()
         for callback, callback_state in zip(self.callbacks, state["callbacks"], strict=True):
@@ -274,7 +341,7 @@ class FederatedLoop:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds since `run` began."""
+        """Seconds that the run has taken, those before it was continued included."""
         return time.perf_counter() - self._started
 
     def call(self, hook: str, *arguments: Any) -> None:
@@ -288,30 +355,40 @@ class FederatedLoop:
             self.capabilities = self.algorithm.capabilities = self.measure(self)
 
     def _cohort(self) -> list[str]:
+        return self.sampler.sample(self.data.client_ids, self.experience, self.round_index, self._available())
+
+    def others(self, cohort: Sequence[str], count: int) -> list[str]:
+        """Return up to `count` clients that could take the place of some of this round's cohort."""
         clients = self.data.client_ids
-        there = None if self.capabilities is None else self.capabilities.available(clients, self.round_index)
-        return self.sampler.sample(clients, self.experience, self.round_index, there)
+        return self.sampler.others(count, cohort, clients, self.experience, self.round_index, self._available())
+
+    def _available(self) -> Collection[str] | None:
+        if self.capabilities is None:
+            return None
+        return self.capabilities.available(self.data.client_ids, self.round_index)
 
     def _train(self, allocation: Mapping[str, tuple[str, ...]]) -> None:
-        aggregator = self.algorithm.aggregator(self.state)
-        timing, trained = RoundTiming(self.capabilities), set[str]()
-        for task, update in self.engine.train(self._tasks(allocation)):
-            self.call("on_client_end", task, update)
-            if not update.tensors and not update.kept:
-                raise UpdateError(f"client {update.client_id!r} neither sent nor kept a tensor")
-            if not timing.in_time(task, update):
-                continue
-            aggregator.add(update)
-            self.algorithm.observe(task, update)
-            self.objective.receive(update)
-            self._keep(update)
-            trained.update(update.tensors)
-        self.record |= {"client_seconds": timing.seconds, "late": timing.late}
-        self.simulated_seconds += timing.round_seconds
-        new_state = self.server_optimizer.step(self.state, aggregator.result(), trained)
+        now = Round(self, allocation, self._aggregator(), RoundTiming(self.capabilities))
+        mean = now.run()
+        self.record["averaging"] = self.averaging.figures(self.progress.started)
+        self.simulated_seconds += now.timing.round_seconds
+        new_state = self.server_optimizer.step(self.state, mean, now.trained)
         self.objective.step()
         self.call("on_aggregate", new_state)
         self.restore(new_state)
+
+    def _reuse_prefix(self) -> None:
+        """Keep what the frozen blocks below all that changes compute; begin anew after growth."""
+        if self._prefix is not None:
+            self._prefix.remove()
+        if self.prefix is not None:
+            changing = {*self.algorithm.state_names, *self.algorithm.trainable_names}
+            self._prefix = reuse_prefix(self.model, changing, self.prefix.store(), self._inputs)
+
+    def _aggregator(self) -> Aggregator:
+        if self.averaging.exact:
+            return self.algorithm.aggregator(self.state)
+        return self.averaging.begin(self.state, self.round_index)
 
     def _grow(self) -> None:
         """Let the algorithm change the model's structure; whatever names its tensors follows."""
@@ -325,33 +402,24 @@ class FederatedLoop:
             owned.update({who: {renamed.get(n, n): t for n, t in kept.items()} for who, kept in owned.items()})
         self.server_optimizer.rename(renamed)
         self.objective.rename(renamed, self._trained_state())
+        self._reuse_prefix()
         self._measure_capabilities()
 
     def _trained_state(self) -> dict[str, Tensor]:
         trained = set(self.algorithm.trainable_names)
         return {name: tensor for name, tensor in self.state.items() if name in trained}
 
-    def _keep(self, update: Update) -> None:
+    def keep(self, update: Update) -> None:
+        """Remember what a client keeps to itself."""
         if update.kept:
             self.kept[update.client_id] = update.kept
         if update.objective_kept:
             self.objective_kept[update.client_id] = update.objective_kept
 
-    def _tasks(self, allocation: Mapping[str, tuple[str, ...]]) -> Iterator[ClientTask]:
-        units = self.algorithm.units()
-        for client_id, names in allocation.items():
-            task = self._task(client_id, tuple(name for unit in names for name in units[unit]))
-            if self.capabilities is not None:
-                task = replace(task, max_steps=self.capabilities.max_steps(task))
-                if lacking := self.capabilities.lacking_memory(task):
-                    self.record["lacking_memory"][client_id] = lacking
-            if not names or task.max_steps == 0:
-                self.record["idle"].append(client_id)
-                continue
-            self.call("on_client_start", task)
-            yield task
-
-    def _task(self, client_id: str, trainable: tuple[str, ...]) -> ClientTask:
+    def task(self, client_id: str, units: Collection[str]) -> ClientTask:
+        """Return what a client is given in this round to train these units."""
+        names = self.algorithm.units()
+        trainable = tuple(name for unit in units for name in names[unit])
         return ClientTask(
             client_id,
             self.experience,
@@ -383,13 +451,15 @@ class FederatedLoop:
             "late": [],
             "lacking_memory": {},
             "failures": [],
+            "averaging": {},
+            "rolled_back": None,
         }
 
     def _write_record(self) -> None:
         self.record["simulated_seconds"] = self.simulated_seconds
         self.record["wall_seconds"] = self.wall_seconds
         self.history.append(self.record)
-        self.folder.append_metrics(self.record)
+        self._metrics.append(self.record)
         self.call("on_round_written")
 
     def _score_round(self) -> None:
@@ -404,7 +474,7 @@ class FederatedLoop:
         before = copy_tensors(self.model, {*names, *self.algorithm.state_names})
         scores = []
         for client_id in self.data.client_ids:
-            self.algorithm.begin(self.model, self._task(client_id, names))
+            self.algorithm.begin(self.model, self.task(client_id, self.algorithm.units()))
             scores.append(evaluate_downstream(self.model, batches(client_id)))
         load_tensors(self.model, before)
         return summarise_clients(scores)

@@ -15,6 +15,7 @@ _SECTIONS = (
     "retention",
     "delta_ce",
     "bytes",
+    "averaging",
     "simulated_seconds",
     "wall_seconds",
 )

@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import yaml
 
 from fedbe.errors import ConfigError, Problem
+from fedbe.files import replacing
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,11 @@ class RunFolder:
 
     Attributes:
         path: The folder.
+        begin_again: Whether a run may take the place of one that ended before its first checkpoint.
     """
 
     path: Path
+    begin_again: bool = False
 
     def create(self, config: Mapping[str, Any]) -> None:
         """Create the folder and write the resolved configuration into it.
@@ -29,11 +34,16 @@ class RunFolder:
             ConfigError: It exists and is not empty, or cannot be created where it is to be.
         """
         problem = self.problem(self.path)
-        if problem is not None:
+        if problem is not None and not (self.begin_again and self._only_begun):
             raise ConfigError(problem)
+        self.metrics.unlink(missing_ok=True)
         for directory in (self.path, self.plots, self.checkpoints):
             directory.mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+
+    @property
+    def _only_begun(self) -> bool:
+        return self.config.is_file() and not self.summary.exists() and not any(self.checkpoints.glob("*.safetensors"))
 
     @staticmethod
     def problem(path: Path) -> Problem | None:
@@ -55,6 +65,15 @@ class RunFolder:
             number += 1
             path = parent / f"{name}-{number}"
         return path
+
+    @staticmethod
+    def latest(parent: Path, name: str) -> Path | None:
+        """Return the one of ``parent/name``, ``parent/name-2``, … that was made last; ``None`` if there is none."""
+        free = RunFolder.next_free(parent, name)
+        _, dash, number = free.name.removeprefix(name).rpartition("-")
+        if not dash:
+            return None
+        return parent / (name if number == "2" else f"{name}-{int(number) - 1}")
 
     @property
     def config(self) -> Path:
@@ -86,13 +105,16 @@ class RunFolder:
         """PNG files."""
         return self.path / "plots"
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Append one round's record to `metrics`."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    @contextmanager
+    def new_model(self) -> Iterator[Path]:
+        """Give a new folder, which takes the place of `model` if the block ends well."""
+        partial = self.path / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        shutil.rmtree(self.model, ignore_errors=True)
+        os.replace(partial, self.model)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary`, whole or not at all."""
-        partial = self.summary.with_suffix(".partial")
-        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.summary)
+        with replacing(self.summary) as partial:
+            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -41,6 +41,7 @@ def run_parser(command: str, description: str | None = None, skip: frozenset[str
     defaults = {
         "algorithm": "fedbe.algorithms.BlockExpansion",
         "client.objective": "fedbe.objectives.Plain",
+        "federation.averaging": "fedbe.aggregation.SampleWeighted",
         "federation.server_optimizer": "fedbe.aggregation.Mean",
     }
     chosen = {key: {"class_path": path} for key, path in defaults.items() if key.split(".")[0] not in skip}
@@ -132,9 +133,10 @@ def resolved(parser: ArgumentParser, namespace: Namespace, arguments: Sequence[s
     """Return the configuration with every default filled in; it runs again as it is, into a new folder."""
     again = namespace.clone()
     again.output = None
+    again.ckpt_path = None
     again.pop("config", None)
     try:
         config: dict[str, Any] = yaml.safe_load(parser.dump(again, skip_unset=False))
     except (ValueError, TypeError):  # an argument that has no form in YAML: keep what the user wrote
-        config = read_raw(arguments) | {"output": None}
+        config = read_raw(arguments) | {"output": None, "ckpt_path": None}
     return config

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,35 @@ class Update:
     def bytes_up(self) -> int:
         """What the client uploads, in bytes."""
         return payload_bytes([*self.tensors.values(), *self.extra.values()])
+
+
+FailureKind = Literal["error", "timeout", "memory", "update"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why nothing came of a client's round.
+
+    Attributes:
+        client_id: The client.
+        kind: ``error``, ``timeout`` or ``memory`` while it trained, ``update`` if what it sent cannot be used.
+        reason: What happened, one line.
+        error: The exception, where there is one in this process.
+    """
+
+    client_id: str
+    kind: FailureKind
+    reason: str
+    error: Exception | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What `metrics.jsonl` says of it."""
+        return {"client": self.client_id, "kind": self.kind, "reason": self.reason}
+
+
+Outcome = Update | Failure
+"""What comes of a client's round."""
 
 
 def payload_bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,11 +1,11 @@
 import pytest
 import torch
 from torch import nn
-from toy import ToyData, adamw, toy_loop
+from toy import ToyData, adamw, resumed, toy_loop
 
 from fedbe.aggregation import FedAdam
 from fedbe.algorithms import FedAvg, LocalOnly, Unfreeze
-from fedbe.callbacks import CheckpointCallback, load_checkpoint
+from fedbe.callbacks import CheckpointCallback
 from fedbe.config import Client, Federation, check_combination
 from fedbe.errors import UpdateError
 from fedbe.objectives import FedProx, Plain, Scaffold
@@ -56,7 +56,7 @@ def test_fedprox_holds_clients_near_the_global_model(tmp_path):
         loop = toy_with(tmp_path / str(mu), FedProx(mu), rounds=1)
         loop.setup()
         loop.progress.started = 1
-        task = next(loop._tasks({"client-3": ("block_1",)}))
+        task = loop.task("client-3", ("block_1",))
         update = loop.engine.train_client(task)
         return sum((t - task.received[n]).square().sum().item() for n, t in update.tensors.items())
 
@@ -115,7 +115,7 @@ def test_a_round_with_scaffold_is_the_rule_on_a_plain_loop(tmp_path):
     c = {name: t.clone() for name, t in loop.objective.control.items()}
     own = {name: t.clone() for name, t in loop.objective_kept["client-1"].items()}
     loop.progress.started = 2
-    task = next(loop._tasks({"client-1": ("block_1",)}))
+    task = loop.task("client-1", ("block_1",))
     update = loop.engine.train_client(task)
     loop.algorithm.begin(loop.model, task)
     rows = loop.data.client_dataset("client-1").rows
@@ -140,11 +140,9 @@ def test_scaffold_continues_from_a_checkpoint_to_the_same_tensors(tmp_path):
     half.advance()
     half.advance()
     rest = toy_with(
-        tmp_path / "c", Scaffold(), rounds=3, cohort=3, server_optimizer=FedAdam(), callbacks=[CheckpointCallback()]
+        tmp_path / "b", Scaffold(), rounds=3, cohort=3, server_optimizer=FedAdam(), callbacks=[CheckpointCallback()]
     )
-    rest.setup()
-    rest.folder.create({})
-    load_checkpoint(half.folder.checkpoints / "last.safetensors", rest)
+    resumed(rest)
     while not rest.done:
         rest.advance()
     first, second = whole.tensors(), rest.tensors()

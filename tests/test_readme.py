@@ -27,6 +27,24 @@ def test_the_data_module_shown_is_the_one_that_is_tested_and_short():
     assert len(example.splitlines()) < 40
 
 
+def test_the_answers_to_faults_shown_are_read_and_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"Patient {i} slept well and ate little. " * 8, "hospital": f"h{i % 4}"} for i in range(80)]
+    Path("letters.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    config = yaml.safe_load(block("yaml", "letters.jsonl"))
+    faults = yaml.safe_load(block("yaml", "client_timeout_seconds"))
+    config["federation"] |= faults["federation"] | {"rounds": 2}
+    config["callbacks"] = faults["callbacks"]
+    config["prefix"] = {"gib": 0.1}
+    config["model"]["name"] = "fedbe:micro"
+    config["algorithm"] = {"class_path": "fedbe.algorithms.BlockExpansion", "init_args": {"positions": [5]}}
+    config["trainer"] |= {"max_steps": 1, "accelerator": "cpu"}
+    config["logger"] = "none"
+    Path("faults.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config=faults.yaml", "--output=run"]) == 0
+    assert json.loads(Path("run/summary.json").read_text())["prefix"]["known"] > 0
+
+
 def test_the_configuration_and_the_callback_shown_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

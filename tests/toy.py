@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedbe.algorithms import BlockExpansion
+from fedbe.checkpoint import Checkpoints, read_checkpoint
 from fedbe.client import Schedule
 from fedbe.cohort import CohortSampler
 from fedbe.data import FederatedDataModule
@@ -92,3 +93,10 @@ def toy_loop(folder: Path, *, rounds: int = 2, cohort: Any = "all", seed: int = 
         engine=changes.pop("engine", engine), sampler=CohortSampler(cohort, seed),
         folder=RunFolder(folder), rounds=rounds, seed=seed, **changes,
     )  # fmt: skip
+
+
+def resumed(loop: FederatedLoop) -> FederatedLoop:
+    """A loop that has gone on, in the folder it was made for, from the newest checkpoint there."""
+    loop.setup()
+    loop.resume(read_checkpoint(next(Checkpoints(loop.folder.checkpoints).newest_first())))
+    return loop

@@ -48,3 +48,17 @@ def check_update(update: Update, state: Mapping[str, Tensor]) -> None:
             )
         if not torch.isfinite(tensor).all():
             raise UpdateError(f"{who} sent {name!r} with values that are not finite")
+
+
+def check_extra(update: Update) -> None:
+    """Refuse an update of which nothing is new, or whose tensors for the local objective are not finite.
+
+    Raises:
+        UpdateError: It is so; the message names the client and the tensor.
+    """
+    who = f"client {update.client_id!r}"
+    if not update.tensors and not update.kept:
+        raise UpdateError(f"{who} neither sent nor kept a tensor")
+    for name, tensor in update.extra.items():
+        if not torch.isfinite(tensor).all():
+            raise UpdateError(f"{who} sent {name!r} for its objective with values that are not finite")

@@ -28,6 +28,7 @@ class Algorithm(ABC):
         restarts: Whether what clients train starts anew in every round, so that nothing can be carried over.
         aggregates: Whether what clients train becomes part of a global model at all.
         pooled: Whether one client trains on the data of all.
+        own_average: Whether what clients send cannot be averaged by another rule than its own aggregator's.
         seed: The run's seed, set before `prepare`.
         tokenizer: The base model's, or ``None``, set before `prepare`.
         capabilities: What clients can afford, set after `prepare`; ``None`` where their devices are not simulated.
@@ -37,6 +38,7 @@ class Algorithm(ABC):
     restarts: bool = False
     aggregates: bool = True
     pooled: bool = False
+    own_average: bool = False
     seed: int = 0
     tokenizer: PreTrainedTokenizerBase | None = None
     capabilities: Capabilities | None = None
@@ -44,6 +46,11 @@ class Algorithm(ABC):
     def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
         """Return the mistakes in this configuration for a base model of `depth` blocks, found before work starts."""
         return []
+
+    @property
+    def reports(self) -> str | None:
+        """What clients tell the server besides tensors and it acts on, in words; by default nothing."""
+        return None
 
     def probed(self, client_ids: Sequence[str]) -> Sequence[str]:
         """Return the clients that look at the base model before `prepare`; by default none."""

@@ -95,6 +95,13 @@ class FedBE(BlockExpansion):
                 problems.append(Problem(f"{key}.{name}", getattr(self, name), f"give {least} or more"))
         return problems
 
+    @property
+    def reports(self) -> str | None:
+        """What it needs to know of clients' data: by its placement or by its score."""
+        if self.placement.needs_reports:
+            return "their probe of the base model; give fedbe.expansion.FixedPlacement"
+        return "scores of blocks; give fedbe.allocation.RandomScore or StaticScore" if self.score.learns else None
+
     def probed(self, client_ids: Sequence[str]) -> Sequence[str]:
         """Return the clients that probe, in their order; none if the placement does not ask."""
         self._clients = tuple(client_ids)

@@ -24,6 +24,7 @@ class FedSALoRA(LoRA):
     """
 
     personalised = True
+    own_average = True
 
     @property
     def own_names(self) -> frozenset[str]:

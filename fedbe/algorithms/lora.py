@@ -220,6 +220,8 @@ class Contribution:
 class JointLoRA(LoRA):
     """A LoRA method whose server needs the factors of all clients of a round at once."""
 
+    own_average = True
+
     def aggregator(self, state: Mapping[str, Tensor]) -> Aggregator:
         """Return an aggregator that keeps the round's factors, and averages the head."""
         return FactorRound(self, state)

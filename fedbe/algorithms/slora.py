@@ -39,6 +39,8 @@ class SLoRA(LoRA):
     rounds are ours (R).
     """
 
+    own_average = True
+
     def __init__(
         self, rank: int = 8, alpha: float = 16.0, sparse_rounds: int = 5, density: float = 0.01, **options: Any
     ) -> None:

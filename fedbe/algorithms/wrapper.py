@@ -29,6 +29,7 @@ class Wrapper(Algorithm):
         self.personalised = algorithm.personalised
         self.restarts = algorithm.restarts
         self.aggregates = algorithm.aggregates
+        self.own_average = algorithm.own_average
 
     def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
         """Return the mistakes in the other algorithm's configuration."""
@@ -60,6 +61,11 @@ class Wrapper(Algorithm):
     @capabilities.setter
     def capabilities(self, capabilities: Capabilities | None) -> None:
         self.algorithm.capabilities = capabilities
+
+    @property
+    def reports(self) -> str | None:
+        """What clients tell the server besides tensors."""
+        return self.algorithm.reports
 
     def probed(self, client_ids: Sequence[str]) -> Sequence[str]:
         """Return the clients that look at the base model before `prepare`."""

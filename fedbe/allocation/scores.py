@@ -25,12 +25,14 @@ class Score(ABC):
 
     Attributes:
         needs_labels: Whether `setup` needs the clients' label distributions.
+        learns: Whether it depends on what clients report of their data.
         client_ids: All clients of the run.
         block_names: The blocks, the lowest first.
         seed: The run's seed.
     """
 
     needs_labels: bool = False
+    learns: bool = True
 
     def check(self, key: str = "algorithm.init_args.score") -> list[Problem]:
         """Return the mistakes in this configuration, found before work starts."""
@@ -322,6 +324,8 @@ class RandomScore(Score):
     Source: ours.
     """
 
+    learns = False
+
     def values(self, cohort: Sequence[str], round_index: int) -> Floats:
         """Return numbers that depend on seed, round and client only, ``[K, L]``."""
         values = np.empty((len(cohort), len(self.block_names)))
@@ -341,6 +345,8 @@ class StaticScore(Score):
 
     Source: ours.
     """
+
+    learns = False
 
     def __init__(self, values: list[float] | Literal["top-first", "bottom-first", "even"] = "even") -> None:
         self.given = values

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from fedbe.algorithms.base import Algorithm
 from fedbe.client import ClientModule, OptimizerFactory, Schedule
 from fedbe.data import FederatedDataModule
+from fedbe.engines.base import failure
 from fedbe.expansion.probe import ProbeReport
 from fedbe.machine import trim_memory
 from fedbe.objectives import Objective
 from fedbe.seeding import derive_seed, generator, isolated_rng
 from fedbe.trainer import QUIET
-from fedbe.update import ClientTask, Update
+from fedbe.update import ClientTask, Outcome, Update
 
 
 @dataclass
@@ -37,6 +38,7 @@ class InProcessEngine:
         trainer: Arguments of each client's `L.Trainer`, copied for each: no callback's state passes between clients.
         seed: The run's seed; each client has its own generator derived from it, the experience, the round and its name.
         objective: What clients minimise.
+        timeout_seconds: How long a client may train, looked at before each step; ``None`` for as long as it takes.
     """
 
     model: PreTrainedModel
@@ -48,11 +50,20 @@ class InProcessEngine:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     objective: Objective = field(default_factory=Objective)
+    timeout_seconds: float | None = None
 
-    def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Update]]:
-        """Yield each task with its update."""
+    def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Outcome]]:
+        """Yield each task with what came of it."""
         for task in tasks:
-            yield task, self.train_client(task)
+            yield task, self.attempt(task)
+
+    def attempt(self, task: ClientTask) -> Outcome:
+        """Train one client; what it raises is its own failure, and leaves no gradient behind."""
+        try:
+            return self.train_client(task)
+        except Exception as error:  # whatever a client's data, model or callbacks do
+            self.model.zero_grad(set_to_none=True)
+            return failure(task.client_id, error)
 
     def train_client(self, task: ClientTask) -> Update:
         """Train one client and return what it sends."""
@@ -66,6 +77,7 @@ class InProcessEngine:
             lambda optimizer, steps: self.schedule.build(optimizer, task.round_index, self.rounds, steps),
             objective,
             self.algorithm.watched(task.trainable_names),
+            self.timeout_seconds,
         )
         options = copy.deepcopy(dict(self.trainer)) | ({} if task.max_steps is None else {"max_steps": task.max_steps})
         with self.own_randomness(task):

@@ -77,7 +77,7 @@ def test_local_clients_go_on_from_their_own_tensors_and_send_nothing(tmp_path):
     alone.setup()
     alone.kept["client-1"] = first
     alone.progress.started = 2
-    update = alone.engine.train_client(next(alone._tasks({"client-1": ("block_1",)})))
+    update = alone.engine.train_client(alone.task("client-1", ("block_1",)))
     assert all(torch.equal(update.kept[name], loop.kept["client-1"][name]) for name in start)
     assert any(not torch.equal(first[name], update.kept[name]) for name in start)
 

@@ -17,12 +17,12 @@ from lora_tools import (
     per_client,
     ready,
 )
-from toy import tiny_llama
+from toy import resumed, tiny_llama
 from transformers import AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification
 
 from fedbe.algorithms import FedSALoRA, FFALoRA, SLoRA
 from fedbe.algorithms.lora_layers import merged_copy
-from fedbe.callbacks import CheckpointCallback, CommunicationCallback, load_checkpoint
+from fedbe.callbacks import CheckpointCallback, CommunicationCallback
 from fedbe.errors import ExpansionError
 from fedbe.update import payload_bytes
 
@@ -184,10 +184,7 @@ def test_a_run_continues_from_its_checkpoint(tmp_path, method):
     half.engine = Echo(half, nudge(per_client))
     half.advance()
     half.advance()
-    rest = loop_of(tmp_path / "c", method, rounds=3, cohort=2, callbacks=[CheckpointCallback()])
-    rest.setup()
-    rest.folder.create({})
-    load_checkpoint(half.folder.checkpoints / "last.safetensors", rest)
+    rest = resumed(loop_of(tmp_path / "b", method, rounds=3, cohort=2, callbacks=[CheckpointCallback()]))
     rest.engine = Echo(rest, nudge(per_client))
     rest.advance()
     assert distance(whole.state, rest.state) < 1e-6

@@ -231,7 +231,7 @@ def test_slora_sends_a_fixed_part_of_the_weights_then_adapters_from_their_change
 
 def test_slora_s_training_moves_nothing_outside_the_mask(tmp_path):
     loop = ready(tmp_path / "run", SLoRA, options={"density": 0.05})
-    task = next(loop._tasks(loop.algorithm.allocate(["client-0"], 0)))
+    task = loop.task("client-0", loop.algorithm.allocate(["client-0"], 0)["client-0"])
     loop.engine.train_client(task)
     base = loop.algorithm.base
     for name, places in loop.algorithm._places.items():

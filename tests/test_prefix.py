@@ -1,0 +1,179 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy import resumed, toy_loop
+
+sys.path.append(str(Path(__file__).parent / "expansion"))
+from families import FAMILIES, PAD, VOCABULARY, batch, tiny
+
+from fedbe.algorithms import BlockExpansion, FedAvg, FedIT, Gated
+from fedbe.callbacks import CheckpointCallback
+from fedbe.errors import ConfigError
+from fedbe.expansion import stack_parameter_names
+from fedbe.expansion.architecture import find_blocks
+from fedbe.models import forward_options
+from fedbe.objectives import Anchor
+from fedbe.prefix import Prefix, PrefixReuse, Store, frozen_blocks, reuse_prefix
+from fedbe.seeding import generator
+
+
+def padded_on_the_right(model):
+    given = batch(model)
+    if "attention_mask" not in given:
+        return given
+    lengths = given["attention_mask"].sum(1)
+    mask = (torch.arange(given["attention_mask"].shape[1]) < lengths[:, None]).long()
+    chance = torch.randint(5, VOCABULARY, mask.shape, generator=generator(0, "tokens"))
+    return {"input_ids": torch.where(mask.bool(), chance, PAD), "attention_mask": mask}
+
+
+def logits(model):
+    """Logits at real tokens; what a model says at padding means nothing."""
+    given = padded_on_the_right(model)
+    output = model(**given, **forward_options(model)).logits
+    whole = output.dim() != 3 or "attention_mask" not in given
+    return output if whole else output[given["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_stay_what_they_were_in_every_family(family):
+    model = tiny(family)
+    changing = stack_parameter_names(model)[2]
+    parameters = [model.get_parameter(name) for name in changing]
+
+    def outcome():
+        output = logits(model)
+        return output.detach(), torch.autograd.grad(output.square().mean(), parameters, allow_unused=True)
+
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_()
+    expected = outcome()
+    prefix = reuse_prefix(model, changing, Store(2**20), padded_on_the_right(model))
+    assert len(prefix.blocks) == 2
+    for _ in range(2):
+        torch.testing.assert_close(outcome(), expected, rtol=1e-3, atol=1e-5)
+    assert prefix.hits > 0 and prefix.misses == 0
+
+
+def test_padding_on_the_left_is_computed_as_always():
+    model = tiny("llama")
+    expected = model(**batch(model)).logits
+    prefix = reuse_prefix(model, stack_parameter_names(model)[2], Store(2**20), batch(model))
+    assert torch.equal(model(**batch(model), **forward_options(model)).logits, expected)
+    assert prefix.hits == prefix.misses == 0
+
+
+def test_blocks_below_really_do_not_run_again():
+    model = tiny("llama")
+    prefix = reuse_prefix(model, stack_parameter_names(model)[3], Store(2**20), padded_on_the_right(model))
+    ran = []
+    for index, block in enumerate(find_blocks(model).blocks):
+        block.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index))
+    logits(model)
+    assert ran == [3] and prefix.hits == len(batch(model)["input_ids"])
+
+
+def toy(folder, algorithm, prefix, **options):
+    loop = toy_loop(folder, algorithm=algorithm, prefix=prefix, rounds=3, **options)
+    loop.run()
+    return loop
+
+
+def assert_near(first, second):
+    assert first.state.keys() == second.state.keys()
+    for name in first.state:
+        torch.testing.assert_close(first.state[name], second.state[name], rtol=1e-3, atol=2e-4)
+    losses = [[r["downstream"]["loss"] for r in loop.history] for loop in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("gib", [1.0, 2e-6])
+def test_a_run_comes_to_the_same_result_also_where_there_is_too_little_room(tmp_path, on_disk, gib):
+    plain = toy(tmp_path / "a", BlockExpansion([2]), None)
+    reused = toy(tmp_path / "b", BlockExpansion([2]), PrefixReuse(gib, on_disk, tmp_path))
+    assert_near(plain, reused)
+    figures = reused.summary["prefix"]
+    assert figures["blocks"] == 3 and figures["bytes"] <= gib * 2**30 and plain.summary["prefix"] is None
+    assert (figures["known"] > 0.5) == (gib == 1.0)
+    assert not list(tmp_path.glob("fedbe-prefix-*"))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "blocks"),
+    [
+        (lambda: BlockExpansion([1, 2]), 2),
+        (lambda: FedIT(rank=2, alpha=4, dropout=0.0, target_modules="all-linear", first_block=2), 2),
+        (lambda: Gated(BlockExpansion([2]), sequences=4, sequence_length=8), 1),
+    ],
+)
+def test_methods_that_leave_the_lower_part_alone_come_to_the_same_result(tmp_path, algorithm, blocks):
+    plain, reused = toy(tmp_path / "a", algorithm(), None), toy(tmp_path / "b", algorithm(), PrefixReuse())
+    assert_near(plain, reused)
+    assert reused.summary["prefix"]["blocks"] == blocks
+
+
+def test_the_anchor_s_text_is_reused_too(tmp_path):
+    def run(name, prefix):
+        anchor = Anchor(sequences=4, sequence_length=8)
+        loop = toy_loop(tmp_path / name, algorithm=BlockExpansion([2]), prefix=prefix, rounds=3, objective=anchor)
+        loop.engine.objective = anchor
+        loop.run()
+        return loop
+
+    assert_near(run("a", None), run("b", PrefixReuse()))
+
+
+def test_a_run_that_is_continued_ends_at_the_same_bits(tmp_path):
+    def make(name):
+        return toy_loop(
+            tmp_path / name, algorithm=BlockExpansion([2]), prefix=PrefixReuse(), rounds=3, cohort=2,
+            callbacks=[CheckpointCallback()],
+        )  # fmt: skip
+
+    whole, half = make("whole"), make("half")
+    whole.run()
+    half.setup()
+    half.on_run_start()
+    half.advance()
+    rest = resumed(make("half"))
+    while not rest.done:
+        rest.advance()
+    assert all(torch.equal(whole.state[name], rest.state[name]) for name in whole.state)
+
+
+def test_where_the_lowest_part_is_trained_it_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="the lowest part of this model is trained"):
+        toy(tmp_path / "run", FedAvg(), PrefixReuse())
+
+
+def test_what_lies_below_all_that_changes_is_counted_by_names():
+    model = tiny("llama")
+    blocks = stack_parameter_names(model)
+    assert [frozen_blocks(model, names) for names in blocks] == [0, 1, 2, 3]
+    assert frozen_blocks(model, [*blocks[3], "model.embed_tokens.weight"]) == 0
+    assert frozen_blocks(model, ()) == 4
+
+
+def test_a_store_gives_back_what_it_got_and_refuses_what_does_not_fit(tmp_path):
+    for store in (Store(100), Store(100, tmp_path)):
+        first, second = torch.randn(3, 4), torch.randn(2, 3).bfloat16()
+        assert store.put(b"a", first) and store.put(b"b", second) and not store.put(b"c", first)
+        assert torch.equal(store.get(b"a"), first) and torch.equal(store.get(b"b"), second)
+        assert store.get(b"c") is None and len(store) == 2
+
+
+def test_a_model_that_drops_below_computes_everything():
+    model = tiny("bert")
+    prefix = Prefix(model, 2, Store(2**20))
+    model.train()
+    model(**batch(model))
+    assert prefix.hits == prefix.misses == 0
+
+
+def test_numbers_out_of_range_are_named(tmp_path):
+    problems = PrefixReuse(gib=0, folder=tmp_path / "none").check()
+    assert [problem.key for problem in problems] == ["prefix.gib", "prefix.folder"]
