@@ -256,7 +256,8 @@ def innermost(model: PreTrainedModel, path: str) -> nn.Module:
     """Return the model that holds the blocks: the innermost one around them that is called with a batch's inputs."""
     parents = path.split(".")
     around = [model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents))]
-    return [module for module in around if isinstance(module, PreTrainedModel)][-1]
+    inputs = {"input_ids", "pixel_values"}
+    return [module for module in around if inputs & inspect.signature(module.forward).parameters.keys()][-1]
 
 
 def named(base: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def losses(tmp_path_factory):
         data = ToyData(clients=5, samples=(16, 16, 16, 16, 16))
         data.rows = lambda step, count, purpose: ToyData.rows(data, 0, count, f"{purpose} {step}")
         trainer = {"max_steps": 8}
-        loop = toy_loop(path, rounds=5, data=data, averaging=averaging, callbacks=callbacks, trainer=trainer)
+        loop = toy_loop(path, rounds=3, data=data, averaging=averaging, callbacks=callbacks, trainer=trainer)
         return loop.run()["downstream"]["loss"]
 
     attacks = {kind: FaultInjection(kind, clients=["client-2"], factor=factor) for kind, factor in ATTACKS}
