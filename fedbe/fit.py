@@ -67,7 +67,7 @@ def fit(run: RunConfig, config: Mapping[str, Any]) -> RunFolder:
 def stopping_on_interrupt(loop: FederatedLoop) -> Iterator[None]:
     """At the first Ctrl-C let the loop end where it can be continued, at the second end it at once.
 
-    Where signals cannot be handled, outside of the main thread, Ctrl-C is what it was.
+    Where signals cannot be handled, outside of the main thread, or are ignored, as under ``nohup``, it stays like that.
     """
     before = signal.getsignal(signal.SIGINT)
 
@@ -77,7 +77,7 @@ def stopping_on_interrupt(loop: FederatedLoop) -> Iterator[None]:
         what = "client" if loop.kept_outcomes is not None else "round"
         print(f"fedbe: ends after this {what}; Ctrl-C again to end at once", file=sys.stderr)
 
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield
         return
     signal.signal(signal.SIGINT, note)

@@ -146,6 +146,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Processes in the background may have been started with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class StopAfter(FederatedCallback):
     """Acts as Ctrl-C in the middle of a round."""
 
@@ -192,6 +200,14 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt), stopping_on_interrupt(loop):
         loop.run()
     assert loop.progress.completed == 1 and loop.record["round"] == 2
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    loop = toy_loop(tmp_path / "run", rounds=2, callbacks=[StopAfter(1, "client-0")])
+    with stopping_on_interrupt(loop):
+        loop.run()
+    assert loop.progress.completed == 2 and not loop.interrupted
 
 
 def test_outside_of_the_main_thread_signals_are_left_alone(tmp_path):
