@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ CORRUPTIONS: dict[str, Corruption] = {
     "random": _tensors(_noise),
 }
 """What a client may send instead of its update, by name."""
+
+
+_FAILURES = [kind for kind in get_args(FailureKind) if kind != "update"]
 
 
 class FaultInjection(FederatedCallback):
@@ -97,10 +100,6 @@ class FaultInjection(FederatedCallback):
         chance = generator(loop.seed, "fault", self.kind, *task.purpose)
         if torch.rand((), generator=chance).item() >= self.probability:
             return None
-        for kind in _FAILURES:
-            if kind == self.kind:
-                return Failure(task.client_id, kind, f"{kind}, injected")
+        if self.kind in _FAILURES:
+            return Failure(task.client_id, cast(FailureKind, self.kind), f"{self.kind}, injected")
         return CORRUPTIONS[self.kind](update, loop.state, self.factor, chance)
-
-
-_FAILURES: tuple[FailureKind, ...] = tuple(kind for kind in get_args(FailureKind) if kind != "update")

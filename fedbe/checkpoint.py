@@ -174,12 +174,12 @@ def fingerprint(model: nn.Module) -> str:
 
     Weights of many gigabytes are told from others in a moment, those that differ in single values are not.
     """
-    sampled = {}
+    sampled, shapes = {}, {}
     for name, tensor in model.state_dict().items():
         values = tensor.detach().reshape(-1)
         sampled[name] = values[:: max(1, values.numel() // _SAMPLED)].cpu()
-    shapes = json.dumps({name: list(tensor.shape) for name, tensor in model.state_dict().items()})
-    return checksum(sampled, shapes)
+        shapes[name] = list(tensor.shape)
+    return checksum(sampled, json.dumps(shapes))
 
 
 def influential(config: Mapping[str, Any]) -> dict[str, Any]:

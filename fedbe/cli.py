@@ -6,12 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fedbe.errors import ConfigError, FedBEError, Problem
 from fedbe.run_parser import read_run, run_parser, shipped_config
+
+if TYPE_CHECKING:
+    from fedbe.loop import FederatedLoop
+
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,41 +263,53 @@ def bench_fedit(arguments: Sequence[str]) -> None:
 
 def bench_cost_model(arguments: Sequence[str]) -> None:
     """Measure time and memory of local steps that train different blocks, beside what the cost model predicts."""
-    from tempfile import TemporaryDirectory
-
     from fedbe.bench.cost_model import measure_cost_model
-    from fedbe.fit import build
 
-    parser = ArgumentParser(prog="fedbe bench cost-model", description=bench_cost_model.__doc__, exit_on_error=False)
-    parser.add_argument("--config", type=Path, default=shipped_config("quickstart"), help="A run's configuration.")
-    parser.add_argument("--repeats", type=int, default=15, help="Steps to take the median of, per set of blocks.")
-    options = parse(parser, arguments)
-    if options.repeats < 1:
-        raise ConfigError(Problem("repeats", options.repeats, "give 1 or more"))
-    with TemporaryDirectory() as folder:
-        settings = [f"--config={options.config}", f"--output={folder}/run", "--logger=none", "--general_tasks=[]"]
-        print(measure_cost_model(build(*read_run(run_parser("fit"), settings)), options.repeats))
+    repeats = "Steps to take the median of, per set of blocks."
+    print(measured_steps("cost-model", bench_cost_model.__doc__, repeats, arguments, measure_cost_model))
 
 
 def bench_prefix(arguments: Sequence[str]) -> None:
     """Measure local steps with shared-prefix reuse over steps without, by the position of the block that trains."""
+    from fedbe.bench.prefix import HEADER, measure_prefix
+
+    repeats = "Pairs of steps to take the median of."
+    gains = measured_steps("prefix", bench_prefix.__doc__, repeats, arguments, measure_prefix)
+    print(HEADER, *gains, sep="\n")
+
+
+def measured_steps(
+    kind: str,
+    description: str | None,
+    repeats: str,
+    arguments: Sequence[str],
+    measure: Callable[[FederatedLoop, int], T],
+) -> T:
+    """Return what a benchmark of single steps measures on the loop of a configuration, which is not run.
+
+    Args:
+        kind: Name of the benchmark.
+        description: Shown by ``--help``.
+        repeats: What ``--repeats`` counts, shown by ``--help``.
+        arguments: The command line.
+        measure: Takes the loop and the number of repeats.
+
+    Raises:
+        ConfigError: The options or the configuration cannot be used.
+    """
     from tempfile import TemporaryDirectory
 
-    from fedbe.bench.prefix import HEADER, measure_prefix
     from fedbe.fit import build
 
-    parser = ArgumentParser(prog="fedbe bench prefix", description=bench_prefix.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog=f"fedbe bench {kind}", description=description, exit_on_error=False)
     parser.add_argument("--config", type=Path, default=shipped_config("quickstart"), help="A run's configuration.")
-    parser.add_argument("--repeats", type=int, default=15, help="Pairs of steps to take the median of.")
+    parser.add_argument("--repeats", type=int, default=15, help=repeats)
     options = parse(parser, arguments)
     if options.repeats < 1:
         raise ConfigError(Problem("repeats", options.repeats, "give 1 or more"))
     with TemporaryDirectory() as folder:
         settings = [f"--config={options.config}", f"--output={folder}/run", "--logger=none", "--general_tasks=[]"]
-        gains = measure_prefix(build(*read_run(run_parser("fit"), settings)), options.repeats)
-    print(HEADER)
-    for gain in gains:
-        print(gain)
+        return measure(build(*read_run(run_parser("fit"), settings)), options.repeats)
 
 
 def bench_parser(kind: str, description: str | None, rounds: int) -> ArgumentParser:

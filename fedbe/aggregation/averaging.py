@@ -189,16 +189,13 @@ def clip_update(update: Update, state: Mapping[str, Tensor], bound: float) -> Up
     return replace(update, tensors=clipped)
 
 
-class _ClippedMean:
+class _ClippedMean(HolderMean):
     def __init__(self, state: Mapping[str, Tensor], bound: float) -> None:
-        self._state, self._bound, self._mean = state, bound, HolderMean(state)
+        super().__init__(state)
+        self._bound = bound
 
-    def add(self, update: Update) -> None:
-        check_update(update, self._state)
-        self._mean.add(clip_update(update, self._state, self._bound))
-
-    def result(self) -> dict[str, Tensor]:
-        return self._mean.result()
+    def _take(self, update: Update) -> None:
+        super()._take(clip_update(update, self._state, self._bound))
 
 
 class _Collector:

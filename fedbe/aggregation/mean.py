@@ -33,6 +33,9 @@ class HolderMean:
             UpdateError: See `check_update`; nothing of the update is kept then.
         """
         check_update(update, self._state)
+        self._take(update)
+
+    def _take(self, update: Update) -> None:
         for name, tensor in update.tensors.items():
             weight = self._weight[name] = self._weight.get(name, 0) + update.samples
             if name in self._mean:
