@@ -94,6 +94,9 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
     if "wall_seconds" in summary:
         wall, simulated = (readable_seconds(summary[f"{clock}_seconds"]) for clock in ("wall", "simulated"))
         lines.append(f"time      {wall}; clients side by side would have trained for {simulated}")
+        if "evaluation_seconds" in summary:
+            share = readable_share(summary["evaluation_seconds"] / summary["wall_seconds"])
+            lines.append(f"scoring   {share} of that time")
     if summary.get("stop_reason"):
         lines.append(f"ended     {summary['stop_reason']}")
     if summary.get("kept_round") is not None:

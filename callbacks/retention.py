@@ -54,7 +54,8 @@ class RetentionCallback(FederatedCallback):
 
 
 def _scores(loop: FederatedLoop) -> dict[str, TaskScore]:
-    return {task.name: task.evaluate(loop.model) for task in loop.general_tasks}
+    with loop.evaluating():
+        return {task.name: task.evaluate(loop.model) for task in loop.general_tasks}
 
 
 def _base(loop: FederatedLoop) -> dict[str, TaskScore]:

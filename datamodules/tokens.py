@@ -37,6 +37,12 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each sequence."""
+        lengths: list[int] = self.offsets.diff().tolist()
+        return lengths
+
     def span(self, index: int) -> slice:
         """Return where sequence ``index`` lies in `tokens`."""
         if not 0 <= index < len(self):
@@ -78,6 +84,11 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         """Number of tokens in all samples."""
         return len(self.sequences.tokens)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each sample."""
+        return self.sequences.lengths
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         span = self.sequences.span(index)
         ids, scored = self.sequences.tokens[span].long(), self.scored[span]
@@ -117,6 +128,11 @@ class LabelledTokens(Dataset[dict[str, Tensor]]):
         """Number of tokens in all samples."""
         return len(self.sequences.tokens)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each sample."""
+        return self.sequences.lengths
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.sequences.tokens[self.sequences.span(index)].long(), "labels": self.targets[index]}
 
@@ -149,7 +165,7 @@ def pack_documents(documents: Ragged, length: int, restart_positions: bool) -> T
         restart_positions: Count positions from 0 at each piece (see `fedbe.datamodules.separates_documents`).
     """
     pieces = documents.chunked(length)
-    sizes = pieces.offsets.diff().tolist()
+    sizes = pieces.lengths
     bins = best_fit(sizes, length)
     spans = [pieces.span(piece) for content in bins for piece in content]
     starts = torch.tensor([0, *accumulate(span.stop - span.start for span in spans)][:-1], dtype=torch.int64)

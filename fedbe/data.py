@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from fedbe.errors import Problem
 
 IGNORED = -100
-"""The label of what is not to be predicted."""
+"""The label of what is not to be predicted, as in `torch.nn.CrossEntropyLoss`."""
 
 Batch = dict[str, Tensor]
 """Keyword arguments of the model: tensors whose first dimension is the sample, ``labels`` among them."""
@@ -25,7 +25,8 @@ class FederatedDataModule(L.LightningDataModule, ABC):
 
     The run calls `check`, `connect`, `prepare_data` and `setup("fit")` once, in this order, before round 1; whatever
     `setup` draws at random must come from `fedbe.seeding.generator(self.seed, ...)`, so that each client's data is
-    fixed for the run.
+    fixed for the run. Where a validation or test dataset has an attribute ``lengths``, the number of tokens of each
+    sample, its samples are scored in batches of similar length.
 
     Args:
         batch_size: Samples in a client's local step.
@@ -88,11 +89,11 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return the validation batches, in order."""
+        """Return the validation batches, each sample once."""
         return self._eval_dataloader(self.validation_dataset())
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the test batches, in order."""
+        """Return the test batches, each sample once."""
         return self._eval_dataloader(self.test_dataset())
 
     def client_val_dataloader(self, client_id: str) -> DataLoader[Any]:
@@ -106,7 +107,17 @@ class FederatedDataModule(L.LightningDataModule, ABC):
     def _eval_dataloader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         # A DataLoader without a generator of its own draws from the global one, even when it does not shuffle.
         own = torch.Generator()
-        return DataLoader(dataset, batch_size=self.eval_batch_size, generator=own, collate_fn=self.collate)
+        lengths: Sequence[int] | None = getattr(dataset, "lengths", None)
+        if lengths is None:
+            return DataLoader(dataset, batch_size=self.eval_batch_size, generator=own, collate_fn=self.collate)
+        batches = by_length(lengths, self.eval_batch_size)
+        return DataLoader(dataset, batch_sampler=batches, generator=own, collate_fn=self.collate)
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return the indices of sequences in batches of similar length, longest first: little padding."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def pad_samples(samples: Sequence[Mapping[str, Tensor]], pad_token_id: int, attention_mask: bool) -> Batch:

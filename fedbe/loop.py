@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -86,6 +87,7 @@ class FederatedLoop:
         prefix: How much of what frozen blocks compute is kept; ``None`` to compute it each time.
         measure: Counts, on the prepared model, what clients can afford; ``None`` where their devices are not simulated.
         capabilities: What `measure` returned.
+        evaluation_seconds: How much of the run's time went into scoring, on the downstream task and on general ones.
         simulated_seconds: Time that clients working side by side would have taken: each round until the server went
             on. By the clients' simulated devices, or else each client's measured time.
     """
@@ -123,6 +125,7 @@ class FederatedLoop:
     interrupted: bool = False
     kept_outcomes: KeptOutcomes | None = None
     simulated_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     capabilities: Capabilities | None = None
     _inputs: Batch = field(default_factory=dict, repr=False)
     _prefix: Prefix | None = field(default=None, repr=False)
@@ -264,6 +267,7 @@ class FederatedLoop:
             "model": {"plain": report.plain, "note": report.reason},
             "simulated_seconds": self.simulated_seconds,
             "wall_seconds": self.wall_seconds,
+            "evaluation_seconds": self.evaluation_seconds,
             "prefix": None if self._prefix is None else self._prefix.figures,
             "peak_rss_bytes": peak_rss_bytes(),
             "versions": versions(),
@@ -321,6 +325,7 @@ class FederatedLoop:
             "stop_reason": self.stop_reason,
             "simulated_seconds": self.simulated_seconds,
             "wall_seconds": self.wall_seconds,
+            "evaluation_seconds": self.evaluation_seconds,
             "algorithm": self.algorithm.state_dict(),
             "logger": None if self.logger is None else self.logger.version,
             "callbacks": [callback.state_dict() for callback in self.callbacks],
@@ -333,6 +338,7 @@ class FederatedLoop:
         self.summary = dict(state["summary"])
         self.stop_reason = state["stop_reason"]
         self.simulated_seconds = state["simulated_seconds"]
+        self.evaluation_seconds = state["evaluation_seconds"]
         self._started = time.perf_counter() - state["wall_seconds"]
         self.algorithm.load_state_dict(state["algorithm"])
         self._measure_capabilities()
@@ -343,6 +349,15 @@ class FederatedLoop:
     def wall_seconds(self) -> float:
         """Seconds that the run has taken, those before it was continued included."""
         return time.perf_counter() - self._started
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Count what happens inside as scoring, in `evaluation_seconds`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.evaluation_seconds += time.perf_counter() - started
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Call one hook on every callback, in order."""
@@ -473,12 +488,14 @@ class FederatedLoop:
         names = self.algorithm.trainable_names
         before = copy_tensors(self.model, {*names, *self.algorithm.state_names})
         scores = []
-        for client_id in self.data.client_ids:
-            self.algorithm.begin(self.model, self.task(client_id, self.algorithm.units()))
-            scores.append(evaluate_downstream(self.model, batches(client_id)))
+        with self.evaluating():
+            for client_id in self.data.client_ids:
+                self.algorithm.begin(self.model, self.task(client_id, self.algorithm.units()))
+                scores.append(evaluate_downstream(self.model, batches(client_id)))
         load_tensors(self.model, before)
         return summarise_clients(scores)
 
     def _downstream(self, batches: DataLoader[Any]) -> dict[str, float]:
-        score = evaluate_downstream(self.model, batches)
+        with self.evaluating():
+            score = evaluate_downstream(self.model, batches)
         return {"accuracy": score.accuracy, "loss": score.loss}

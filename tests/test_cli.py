@@ -58,7 +58,8 @@ def test_a_run_leaves_what_the_documentation_lists(config, tmp_path, capsys):
     summary = json.loads((folder / "summary.json").read_text())
     assert {
         "algorithm", "seed", "rounds", "downstream", "general", "retention", "delta_ce", "trainable_parameters",
-        "bytes_up", "bytes_down", "simulated_seconds", "wall_seconds", "peak_rss_bytes", "versions",
+        "bytes_up", "bytes_down", "simulated_seconds", "wall_seconds", "evaluation_seconds", "peak_rss_bytes",
+        "versions",
     } <= summary.keys()  # fmt: skip
     assert summary["bytes_up"] == summary["bytes_down"] == 2 * 2 * 4 * summary["trainable_parameters"]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -8,7 +8,15 @@ import pytest
 from safetensors.torch import load_file
 from survivor import ROUNDS
 
-MEASURED = {"wall_seconds", "simulated_seconds", "client_seconds", "peak_rss_bytes", "versions", "convergence"}
+MEASURED = {
+    "wall_seconds",
+    "evaluation_seconds",
+    "simulated_seconds",
+    "client_seconds",
+    "peak_rss_bytes",
+    "versions",
+    "convergence",
+}
 TESTS = Path(__file__).parent
 
 

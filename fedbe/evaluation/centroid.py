@@ -8,8 +8,9 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
+from fedbe.data import by_length
 from fedbe.errors import Problem
-from fedbe.evaluation.scoring import by_length, evaluation_mode, pad
+from fedbe.evaluation.scoring import evaluation_mode, pad
 from fedbe.evaluation.tasks import TaskScore, check_at_least
 from fedbe.evaluation.text import TextTask, evenly_spread
 from fedbe.seeding import generator

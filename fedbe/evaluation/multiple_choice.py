@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
+from fedbe.data import IGNORED
 from fedbe.errors import Problem
-from fedbe.evaluation.scoring import IGNORED, evaluation_mode, pad, token_statistics
+from fedbe.evaluation.scoring import evaluation_mode, pad, token_statistics
 from fedbe.evaluation.tasks import TaskScore, check_at_least
 from fedbe.evaluation.text import TextTask, begin_token, evenly_spread, maximum_length, tokenise
 from fedbe.seeding import generator

@@ -7,9 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
+from fedbe.data import IGNORED
 from fedbe.errors import Problem
 from fedbe.evaluation.sampling import sample_sequences
-from fedbe.evaluation.scoring import IGNORED, ratio_standard_error, sequence_statistics
+from fedbe.evaluation.scoring import ratio_standard_error, sequence_statistics
 from fedbe.evaluation.tasks import GeneralTask, TaskScore, check_at_least
 from fedbe.evaluation.text import TextTask, begin_token, evenly_spread, require_length, tokenise
 from fedbe.seeding import generator

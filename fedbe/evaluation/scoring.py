@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-IGNORED = -100
-"""Label of a token that nothing has to predict, as in `torch.nn.CrossEntropyLoss`."""
+from fedbe.data import IGNORED
 
 
 @dataclass(frozen=True)
@@ -113,12 +112,6 @@ def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     for row, sequence in zip(padded, sequences, strict=True):
         row[: len(sequence)] = torch.tensor(sequence, dtype=torch.long)
     return padded
-
-
-def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return the indices of sequences in batches of similar length, longest first: little padding."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def ratio_standard_error(correct: Tensor, items: Tensor) -> float:

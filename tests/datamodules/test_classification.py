@@ -1,3 +1,5 @@
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,17 @@ def test_batches_are_truncated_and_padded_with_a_class_each(corpus, tokenizer, l
     assert decode(tokenizer, batch["input_ids"][1]) == "<s>bad<pad>"
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
     assert batch["labels"].tolist() == [1, 0]
+
+
+def test_what_is_scored_comes_in_batches_of_similar_length_and_each_sample_once(corpus, tokenizer, llama_config):
+    texts = ["a", "a a a a a a", "a a", "a a a a a", "a"]
+    rows = {"text": texts, "label": ["x", "y", "x", "y", "x"]}
+    data = module(corpus, tokenizer, llama_config, rows, rows, eval_batch_size=2)
+    batches = list(data.val_dataloader())
+    lengths = [batch["attention_mask"].sum(1).tolist() for batch in batches]
+    assert lengths == [sorted(batch, reverse=True) for batch in lengths]
+    assert [*chain(*lengths)] == sorted(data.validation_dataset().lengths, reverse=True)
+    assert sorted(int(label) for batch in batches for label in batch["labels"]) == [0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from fedbe.data import IGNORED
 from fedbe.evaluation.scoring import (
-    IGNORED,
     evaluation_mode,
     ratio_standard_error,
     sequence_statistics,
