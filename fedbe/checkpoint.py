@@ -25,8 +25,8 @@ LAST = "last"
 BEST = "best.safetensors"
 """Name of the file with the tensors of the round that a run keeps, where it is not the last."""
 
-MAY_DIFFER = ("name", "output", "ckpt_path", "logger")
-"""Keys of a configuration that have no influence on the result."""
+MAY_DIFFER = ("name", "output", "ckpt_path", "logger", "federation.workers")
+"""Keys of a configuration, each with all that is below it, that have no influence on the result."""
 
 ROUNDS = "federation.rounds"
 
@@ -184,7 +184,8 @@ def fingerprint(model: nn.Module) -> str:
 
 def influential(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a configuration, by dotted key, on which the result depends."""
-    return {key: value for key, value in flat(config) if key.split(".")[0] not in MAY_DIFFER}
+    without = tuple(f"{key}." for key in MAY_DIFFER)
+    return {key: value for key, value in flat(config) if not f"{key}.".startswith(without)}
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,6 +18,7 @@ from fedbe.checkpoint import LAST, Checkpoint, Checkpoints, read_checkpoint
 from fedbe.client import OptimizerFactory, Schedule
 from fedbe.cohort import cohort_count
 from fedbe.data import FederatedDataModule
+from fedbe.engines.forked import check_workers
 from fedbe.errors import ConfigError, Problem
 from fedbe.evaluation.tasks import GeneralTask, check_tasks
 from fedbe.models import BaseModel
@@ -74,6 +75,8 @@ class Federation:
         quorum: How many clients of a round must not fail, and what happens if more do.
         client_timeout_seconds: A client that is not done by then, looked at before each of its steps, has failed;
             ``null`` to wait.
+        workers: Processes in which clients train side by side, on the CPU, with one thread each and the frozen weights
+            in memory once; 1 to train them in this process, one after another.
     """
 
     rounds: int = 20
@@ -83,11 +86,12 @@ class Federation:
     server_optimizer: ServerOptimizer = field(default_factory=Mean)
     quorum: Quorum = field(default_factory=Quorum)
     client_timeout_seconds: float | None = None
+    workers: int = 1
 
     def check(self, key: str = "federation") -> list[Problem]:
         """Return the mistakes in this section that do not depend on the data."""
         problems = self.server_optimizer.check(f"{key}.server_optimizer") + self.quorum.check(f"{key}.quorum")
-        problems += self.averaging.check(f"{key}.averaging")
+        problems += [*self.averaging.check(f"{key}.averaging"), *check_workers(self.workers, f"{key}.workers")]
         if self.client_timeout_seconds is not None and not self.client_timeout_seconds > 0:
             problems.append(
                 Problem(f"{key}.client_timeout_seconds", self.client_timeout_seconds, "give seconds above 0")

@@ -23,7 +23,7 @@ from fedbe.checkpoint import Checkpoint, check_same_run
 from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.config import RunConfig
 from fedbe.data import FederatedDataModule
-from fedbe.engines import InProcessEngine
+from fedbe.engines import ForkedEngine, InProcessEngine
 from fedbe.errors import ConfigError, Problem
 from fedbe.loop import FederatedLoop
 from fedbe.run_folder import RunFolder
@@ -126,7 +126,7 @@ def build(run: RunConfig, config: Mapping[str, Any], checkpoint: Checkpoint | No
         tokenizer=processor,
         algorithm=run.algorithm,
         data=data,
-        engine=engine,
+        engine=engine if run.federation.workers == 1 else ForkedEngine(engine, run.federation.workers),
         sampler=CohortSampler("all" if run.algorithm.pooled else run.federation.cohort, run.seed),
         folder=folder,
         rounds=run.federation.rounds,

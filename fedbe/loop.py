@@ -398,7 +398,7 @@ class FederatedLoop:
             self._prefix.remove()
         if self.prefix is not None:
             changing = {*self.algorithm.state_names, *self.algorithm.trainable_names}
-            self._prefix = reuse_prefix(self.model, changing, self.prefix.store(), self._inputs)
+            self._prefix = reuse_prefix(self.model, changing, self.engine.store(self.prefix), self._inputs)
 
     def _aggregator(self) -> Aggregator:
         if self.averaging.exact:

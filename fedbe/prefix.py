@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import mmap
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,47 +59,107 @@ class PrefixReuse:
             problems.append(Problem(f"{key}.folder", str(self.folder), "there is no such folder"))
         return problems
 
-    def store(self) -> Store:
-        """Return an empty store."""
-        return Store(int(self.gib * 2**30), (self.folder or Path(tempfile.gettempdir())) if self.on_disk else None)
+    def store(self, parts: int = 1) -> Store:
+        """Return an empty store, for so many processes."""
+        folder = (self.folder or Path(tempfile.gettempdir())) if self.on_disk else None
+        return Store(int(self.gib * 2**30), folder, parts)
+
+
+@dataclass
+class News:
+    """What a process has kept and looked up, since it was last asked, in a store that it shares with others.
+
+    Attributes:
+        places: Key → where in the buffer its tensor lies.
+        ends: How far the process has filled its part of the buffer, by the part's number.
+        hits: How many keys it found.
+        misses: How many it did not find.
+    """
+
+    places: dict[bytes, tuple[int, torch.Size, torch.dtype]] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+    hits: int = 0
+    misses: int = 0
 
 
 class Store:
-    """Tensors by key, one after another in one buffer of fixed size, which takes up space only as it fills.
+    """Tensors by key in one buffer of fixed size, which takes up space only as it fills.
+
+    Processes forked from this one have the same buffer. Each fills a part of its own (`join`), one tensor after
+    another, and others find what it has kept once they have taken in its `news` (`learn`).
 
     Args:
         size: Bytes.
         folder: Where to keep the buffer as a file; ``None`` for memory.
+        parts: In how many equal parts it is filled.
+
+    Attributes:
+        hits: How many keys were found.
+        misses: How many were not.
     """
 
-    def __init__(self, size: int, folder: Path | None = None) -> None:
+    def __init__(self, size: int, folder: Path | None = None, parts: int = 1) -> None:
         if folder is None:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
+            self._buffer = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         else:
             with tempfile.NamedTemporaryFile(dir=folder, prefix="fedbe-prefix-") as file:
                 self._buffer = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
         self._places: dict[bytes, tuple[int, torch.Size, torch.dtype]] = {}
-        self.used = 0
+        self._starts = [_aligned(part * (size // parts)) for part in range(parts)] + [size]
+        self._ends = self._starts[:-1]
+        self._part, self._news = 0, News()
+        self.hits = self.misses = 0
 
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def used(self) -> int:
+        """How many bytes are taken."""
+        return sum(self._ends) - sum(self._starts[:-1])
+
     def get(self, key: bytes) -> Tensor | None:
         """Return what is kept under a key."""
         if key not in self._places:
+            self.misses += 1
             return None
+        self.hits += 1
         start, shape, dtype = self._places[key]
         return self._buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
     def put(self, key: bytes, tensor: Tensor) -> bool:
         """Keep a tensor, if there is room."""
-        size = tensor.numel() * tensor.element_size()
-        if self.used + size > len(self._buffer):
+        start, size = self._ends[self._part], tensor.numel() * tensor.element_size()
+        if start + size > self._starts[self._part + 1]:
             return False
-        self._places[key] = (self.used, tensor.shape, tensor.dtype)
-        self._buffer[self.used : self.used + size] = tensor.cpu().contiguous().view(-1).view(torch.uint8)
-        self.used = -(-(self.used + size) // _ALIGNMENT) * _ALIGNMENT
+        self._places[key] = (start, tensor.shape, tensor.dtype)
+        if self._part:
+            self._news.places[key] = self._places[key]
+        self._buffer[start : start + size] = tensor.cpu().contiguous().view(-1).view(torch.uint8)
+        self._ends[self._part] = _aligned(start + size)
         return True
+
+    def join(self, part: int) -> None:
+        """Fill this part from now on, in a process that was forked; part 0 is for the one they were forked from."""
+        self._part = part
+        self.hits = self.misses = 0
+
+    def news(self) -> News:
+        """Return what this process has kept and looked up since it joined or was last asked."""
+        news = replace(self._news, ends={self._part: self._ends[self._part]}, hits=self.hits, misses=self.misses)
+        self._news, self.hits, self.misses = News(), 0, 0
+        return news
+
+    def learn(self, news: News) -> None:
+        """Take in what another process has kept."""
+        self._places |= news.places
+        for part, end in news.ends.items():
+            self._ends[part] = end
+        self.hits, self.misses = self.hits + news.hits, self.misses + news.misses
+
+
+def _aligned(place: int) -> int:
+    return -(-place // _ALIGNMENT) * _ALIGNMENT
 
 
 class Prefix:
@@ -114,7 +175,6 @@ class Prefix:
         self.model, self.store = model, store
         stack = find_blocks(model)
         self.blocks: list[nn.Module] = list(stack.blocks)[:blocks]
-        self.hits = self.misses = 0
         self._in_tuple = False
         self._filling = False
         base = innermost(model, stack.path)
@@ -126,8 +186,8 @@ class Prefix:
     @property
     def figures(self) -> dict[str, float]:
         """How many blocks are left out, and how often their outputs were known."""
-        total = self.hits + self.misses
-        share = self.hits / total if total else 0.0
+        total = self.store.hits + self.store.misses
+        share = self.store.hits / total if total else 0.0
         return {"blocks": len(self.blocks), "sequences": total, "known": share, "bytes": self.store.used}
 
     def remove(self) -> None:
@@ -149,8 +209,6 @@ class Prefix:
             self._compute(base, row, options, key) if state is None else state
             for row, key, state in zip(rows, keys, known, strict=True)
         ]
-        missed = sum(state is None for state in known)
-        self.misses, self.hits = self.misses + missed, self.hits + len(rows) - missed
         self._install(padded(states, options))
 
     def _compute(self, base: nn.Module, row: Mapping[str, Tensor], options: Mapping[str, Any], key: bytes) -> Tensor:
@@ -248,7 +306,7 @@ def reuse_prefix(
         prefix.remove()
         remedy = f"outputs would be off by {off:.2g} in this architecture: leave `prefix` out"
         raise ConfigError(Problem(KEY, type(model).__name__, remedy))
-    prefix.hits = prefix.misses = 0
+    store.hits = store.misses = 0
     return prefix
 
 

@@ -55,7 +55,7 @@ def test_outputs_and_gradients_stay_what_they_were_in_every_family(family):
     assert len(prefix.blocks) == 2
     for _ in range(2):
         torch.testing.assert_close(outcome(), expected, rtol=1e-3, atol=1e-5)
-    assert prefix.hits > 0 and prefix.misses == 0
+    assert prefix.store.hits > 0 and prefix.store.misses == 0
 
 
 def test_padding_on_the_left_is_computed_as_always():
@@ -63,7 +63,7 @@ def test_padding_on_the_left_is_computed_as_always():
     expected = model(**batch(model)).logits
     prefix = reuse_prefix(model, stack_parameter_names(model)[2], Store(2**20), batch(model))
     assert torch.equal(model(**batch(model), **forward_options(model)).logits, expected)
-    assert prefix.hits == prefix.misses == 0
+    assert prefix.store.hits == prefix.store.misses == 0
 
 
 def test_blocks_below_really_do_not_run_again():
@@ -73,7 +73,7 @@ def test_blocks_below_really_do_not_run_again():
     for index, block in enumerate(find_blocks(model).blocks):
         block.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index))
     logits(model)
-    assert ran == [3] and prefix.hits == len(batch(model)["input_ids"])
+    assert ran == [3] and prefix.store.hits == len(batch(model)["input_ids"])
 
 
 def toy(folder, algorithm, prefix, **options):
@@ -171,7 +171,7 @@ def test_a_model_that_drops_below_computes_everything():
     prefix = Prefix(model, 2, Store(2**20))
     model.train()
     model(**batch(model))
-    assert prefix.hits == prefix.misses == 0
+    assert prefix.store.hits == prefix.store.misses == 0
 
 
 def test_numbers_out_of_range_are_named(tmp_path):

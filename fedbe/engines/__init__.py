@@ -1,6 +1,7 @@
 """Where clients run."""
 
 from fedbe.engines.base import Engine
+from fedbe.engines.forked import ForkedEngine
 from fedbe.engines.in_process import InProcessEngine
 
-__all__ = ["Engine", "InProcessEngine"]
+__all__ = ["Engine", "ForkedEngine", "InProcessEngine"]

@@ -7,6 +7,7 @@ import torch
 
 from fedbe.errors import ClientTimeoutError
 from fedbe.expansion.probe import ProbeReport
+from fedbe.prefix import PrefixReuse, Store
 from fedbe.update import ClientTask, Failure, FailureKind, Outcome
 
 
@@ -21,6 +22,10 @@ class Engine(Protocol):
         Args:
             tasks: One for each client of the cohort, taken from the iterable only when its client begins.
         """
+        ...
+
+    def store(self, reuse: PrefixReuse) -> Store:
+        """Return an empty store for what frozen blocks compute, which clients share wherever they run."""
         ...
 
     def probe(self, client_id: str) -> ProbeReport:

@@ -19,6 +19,7 @@ from fedbe.engines.base import failure
 from fedbe.expansion.probe import ProbeReport
 from fedbe.machine import trim_memory
 from fedbe.objectives import Objective
+from fedbe.prefix import PrefixReuse, Store
 from fedbe.seeding import derive_seed, generator, isolated_rng
 from fedbe.trainer import QUIET
 from fedbe.update import ClientTask, Outcome, Update
@@ -89,6 +90,10 @@ class InProcessEngine:
         extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
         return Update(task.client_id, sent, client.samples_seen, metrics, kept, extra, objective_kept)
+
+    def store(self, reuse: PrefixReuse) -> Store:
+        """Return an empty store for what frozen blocks compute."""
+        return reuse.store()
 
     def probe(self, client_id: str) -> ProbeReport:
         """Return what a client reports of the base model, weighted by all of its samples."""

@@ -1,0 +1,191 @@
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy import ToyData, toy_loop
+
+from fedbe.algorithms import BlockExpansion, FedBE, FedIT, FedSALoRA, FLoRA, HetLoRA, LocalOnly, SLoRA
+from fedbe.callback import FederatedCallback
+from fedbe.engines import ForkedEngine
+from fedbe.engines.forked import check_workers
+from fedbe.errors import ConfigError
+from fedbe.objectives import Scaffold
+from fedbe.prefix import PrefixReuse, Store
+
+pytestmark = pytest.mark.skipif(bool(check_workers(2, "")), reason="needs fork, and no accelerator")
+
+ALGORITHMS = {
+    "expansion": lambda: BlockExpansion([0, 2]),
+    "fedbe": FedBE,
+    "fedit": lambda: FedIT(rank=2),
+    "flora": lambda: FLoRA(rank=2),
+    "hetlora": lambda: HetLoRA(ranks=[1, 2]),
+    "slora": lambda: SLoRA(rank=2),
+    "fedsa": lambda: FedSALoRA(rank=2),
+    "local": lambda: LocalOnly(BlockExpansion([1])),
+}
+
+
+def forked(folder: Path, workers: int, **options):
+    loop = toy_loop(folder, **options)
+    if "objective" in options:
+        loop.engine.objective = options["objective"]
+    if workers:
+        loop.engine = ForkedEngine(loop.engine, workers)
+    return loop
+
+
+def ran(folder: Path, workers: int, **options):
+    loop = forked(folder, workers, **options)
+    loop.run()
+    return loop
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_results_do_not_depend_on_the_number_of_processes(tmp_path, name):
+    alone, *others = (ran(tmp_path / str(n), n, algorithm=ALGORITHMS[name]()) for n in (0, 1, 3))
+    for other in others:
+        assert_same(alone.tensors(), other.tensors())
+        assert alone.record["downstream"] == other.record["downstream"]
+        assert list(alone.record["client_seconds"]) == list(other.record["client_seconds"])
+
+
+def test_what_clients_keep_for_their_objective_comes_back(tmp_path):
+    options = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
+    alone, other = (ran(tmp_path / str(n), n, objective=Scaffold(), **options) for n in (0, 2))
+    assert other.objective_kept.keys() == {"client-0", "client-1", "client-2", "client-3"}
+    assert_same(alone.tensors(), other.tensors())
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_processes_share_what_frozen_blocks_compute(tmp_path, on_disk):
+    prefix = PrefixReuse(gib=0.01, on_disk=on_disk, folder=tmp_path)
+    options = {"algorithm": BlockExpansion([2]), "trainer": {"max_steps": 8}, "rounds": 3, "prefix": prefix}
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    alone = ran(tmp_path / "a" / "run", 0, **{**options, "algorithm": BlockExpansion([2])})
+    other = ran(tmp_path / "b" / "run", 2, **{**options, "algorithm": BlockExpansion([2])})
+    assert_same(alone.state, other.state)
+    first, second = alone.summary["prefix"], other.summary["prefix"]
+    assert first["sequences"] == second["sequences"]
+    # Two clients of one round that have the same sequence compute it twice.
+    assert 0.6 < second["known"] <= first["known"]
+
+
+def test_a_store_is_filled_in_parts_and_what_one_process_kept_the_others_learn():
+    here, there = Store(96, parts=3), Store(96, parts=3)
+    there._buffer = here._buffer
+    there.join(1)
+    row = torch.arange(8.0).view(2, 4)
+    assert here.put(b"h", row) and there.put(b"t", row + 1)
+    assert not there.put(b"more", row)
+    assert here.get(b"t") is None and here.misses == 1
+    there.get(b"t"), there.get(b"h")
+    here.learn(there.news())
+    assert torch.equal(here.get(b"t"), row + 1) and torch.equal(here.get(b"h"), row)
+    assert (here.hits, here.misses, here.used) == (3, 2, 64)
+    assert there.news().places == {} and there.hits == 0
+
+
+class Trouble(ToyData):
+    """Reading the data of one client does something else in one round."""
+
+    def __init__(self, trouble):
+        super().__init__()
+        self.trouble = trouble
+
+    def client_dataset(self, client_id):
+        rows = super().client_dataset(client_id)
+        if client_id == "client-1" and os.getpid() != HERE:
+            rows.__class__ = type("Rows", (type(rows),), {"__getitem__": lambda rows, index: self.trouble()})
+        return rows
+
+
+HERE = os.getpid()
+
+
+def raise_what_cannot_be_sent():
+    class Local(Exception):
+        pass
+
+    raise Local("of a class that nobody else knows")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind", "said"),
+    [
+        (raise_what_cannot_be_sent, "error", "nobody else knows"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "memory", "SIGKILL"),
+        (lambda: os._exit(3), "error", "exit code 3"),
+    ],
+)
+def test_what_happens_to_a_process_costs_its_clients_round_and_nothing_else(tmp_path, trouble, kind, said):
+    loop = ran(tmp_path / "run", 2, data=Trouble(trouble))
+    for record in loop.history[1:]:
+        [failure] = record["failures"]
+        assert (failure["client"], failure["kind"]) == ("client-1", kind) and said in failure["reason"]
+        assert list(record["client_seconds"]) == ["client-0", "client-2", "client-3"]
+
+
+def test_a_client_that_hangs_within_a_step_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedbe.engines.forked._GRACE_SECONDS", 0.5)
+    loop = forked(tmp_path / "run", 2, rounds=1, data=Trouble(lambda: time.sleep(600)))
+    loop.engine.clients.timeout_seconds = 2.0
+    loop.run()
+    [failure] = loop.record["failures"]
+    assert (failure["client"], failure["kind"]) == ("client-1", "timeout") and "2.5 s" in failure["reason"]
+
+
+def test_processes_end_with_their_round_however_it_ends(tmp_path):
+    class Stop(FederatedCallback):
+        def on_client_end(self, loop, task, update):
+            raise RuntimeError("enough")
+
+    loop = forked(tmp_path / "run", 2, callbacks=[Stop()])
+    with pytest.raises(RuntimeError, match="enough"):
+        loop.run()
+    del loop
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    assert not children.exists() or not children.read_text().split()
+
+
+def test_frozen_weights_are_in_memory_once(tmp_path):
+    class Private(ToyData):
+        def client_dataset(self, client_id):
+            if os.getpid() != HERE:
+                lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+                kib = next(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+                (tmp_path / f"{client_id}.txt").write_text(str(kib))
+            return super().client_dataset(client_id)
+
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("needs /proc")
+    loop = forked(tmp_path / "run", 2, rounds=1, data=Private())
+    loop.model.register_parameter("ballast", torch.nn.Parameter(torch.ones(2**26), requires_grad=False))
+    loop.run()
+    used = [int((tmp_path / f"client-{k}.txt").read_text()) for k in range(4)]
+    assert max(used) * 1024 < 2**26  # a quarter of the ballast's bytes
+
+
+def test_impossible_numbers_of_processes_are_refused(tmp_path, monkeypatch):
+    engine = forked(tmp_path, 0).engine
+    with pytest.raises(ConfigError, match=r"federation\.workers = 0: give 1 or more"):
+        ForkedEngine(engine, 0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert check_workers(1, "k") == []
+    assert "without an accelerator" in check_workers(2, "k")[0].remedy
