@@ -194,13 +194,14 @@ def pretrain_command(arguments: Sequence[str]) -> None:
 
 
 def bench_command(arguments: Sequence[str]) -> None:
-    """Measure on this machine: `overhead` (time), `memory`, `fedit` (both, with LoRA), `cost-model`, `prefix`."""
+    """Measure on this machine: `overhead`, `memory`, `fedit` (both, with LoRA), `cost-model`, `prefix`, `scaling`."""
     kinds = {
         "overhead": bench_overhead,
         "memory": bench_memory,
         "fedit": bench_fedit,
         "cost-model": bench_cost_model,
         "prefix": bench_prefix,
+        "scaling": bench_scaling,
     }
     if not arguments or arguments[0] not in kinds:
         given = arguments[0] if arguments else None
@@ -276,6 +277,26 @@ def bench_prefix(arguments: Sequence[str]) -> None:
     repeats = "Pairs of steps to take the median of."
     gains = measured_steps("prefix", bench_prefix.__doc__, repeats, arguments, measure_prefix)
     print(HEADER, *gains, sep="\n")
+
+
+def bench_scaling(arguments: Sequence[str]) -> None:
+    """Measure how a run's cost grows, with fitted exponents; each run is in a process of its own, on made-up texts."""
+    from fedbe.bench.scaling import AXES, Size, measure_growth
+
+    parser = ArgumentParser(prog="fedbe bench scaling", description=bench_scaling.__doc__, exit_on_error=False)
+    for axis, (values, text) in AXES.items():
+        parser.add_argument(f"--{axis}", type=list[int], default=values, help=f"{text}; [] to leave it out.")
+    options = parse(parser, arguments)
+    given = {axis: getattr(options, axis) for axis in AXES}
+    if wrong := [
+        Problem(axis, values, "give whole numbers from 1")
+        for axis, values in given.items()
+        if min(values, default=1) < 1
+    ]:
+        raise ConfigError(*wrong)
+    for axis, values in given.items():
+        if values:
+            print(measure_growth(axis, values, Size()), flush=True)
 
 
 def measured_steps(
