@@ -3,6 +3,7 @@
 from fedbe.datamodules.causal_lm import CausalLMDataModule
 from fedbe.datamodules.classification import LabelledDataModule, SequenceClassificationDataModule
 from fedbe.datamodules.corpus import CorpusDataModule
+from fedbe.datamodules.flipped import FlippedLabels
 from fedbe.datamodules.flower import FlowerAdapter, FlowerPartitioner
 from fedbe.datamodules.image import ImageClassificationDataModule
 from fedbe.datamodules.instruction import InstructionDataModule
@@ -22,6 +23,7 @@ __all__ = [
     "ClientShare",
     "CorpusDataModule",
     "DirichletPartitioner",
+    "FlippedLabels",
     "FlowerAdapter",
     "FlowerPartitioner",
     "IIDPartitioner",

@@ -114,6 +114,63 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         return DataLoader(dataset, batch_sampler=batches, generator=own, collate_fn=self.collate)
 
 
+class DataWrapper(FederatedDataModule):
+    """Base class of what changes another module's training data and leaves the rest as it is.
+
+    Args:
+        data: The other module.
+    """
+
+    def __init__(self, data: FederatedDataModule) -> None:
+        super().__init__(data.batch_size, data.eval_batch_size)
+        self.data = data
+
+    def connect(
+        self, tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig | None, seed: int
+    ) -> None:
+        """Pass on what is unknown at construction."""
+        super().connect(tokenizer, model_config, seed)
+        self.data.connect(tokenizer, model_config, seed)
+
+    def check(self, key: str = "data") -> list[Problem]:
+        """Return the mistakes in the other module's configuration."""
+        return self.data.check(f"{key}.init_args.data")
+
+    def prepare_data(self) -> None:
+        """Let the other module prepare its data."""
+        self.data.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Let the other module load its data."""
+        self.data.setup(stage)
+
+    @property
+    def client_ids(self) -> Sequence[str]:
+        """The other module's clients."""
+        return self.data.client_ids
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes of a classification task."""
+        return self.data.num_labels
+
+    def client_dataset(self, client_id: str) -> Dataset[Any]:
+        """Return the training set of one client."""
+        return self.data.client_dataset(client_id)
+
+    def validation_dataset(self) -> Dataset[Any]:
+        """Return the validation data."""
+        return self.data.validation_dataset()
+
+    def test_dataset(self) -> Dataset[Any]:
+        """Return the test data."""
+        return self.data.test_dataset()
+
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Join samples into a batch as the other module does."""
+        return self.data.collate(samples)
+
+
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Return the indices of sequences in batches of similar length, longest first: little padding."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])

@@ -1,13 +1,13 @@
 """Baseline: the data of all clients in one place, against the very separation that federation is for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
 
 from fedbe.algorithms.base import Algorithm
 from fedbe.algorithms.wrapper import Wrapper
-from fedbe.data import Batch, FederatedDataModule
+from fedbe.data import DataWrapper, FederatedDataModule
 
 POOLED = "pooled"
 
@@ -29,7 +29,7 @@ class Centralized(Wrapper):
         self.pooled = True
 
 
-class PooledData(FederatedDataModule):
+class PooledData(DataWrapper):
     """The data of all clients of another module as that of one client, named ``pooled``.
 
     Args:
@@ -37,8 +37,7 @@ class PooledData(FederatedDataModule):
     """
 
     def __init__(self, data: FederatedDataModule) -> None:
-        super().__init__(data.batch_size, data.eval_batch_size)
-        self.data = data
+        super().__init__(data)
         self.connect(data.tokenizer, data.model_config, data.seed)
 
     @property
@@ -46,23 +45,6 @@ class PooledData(FederatedDataModule):
         """The one client."""
         return [POOLED]
 
-    @property
-    def num_labels(self) -> int | None:
-        """Number of classes of a classification task."""
-        return self.data.num_labels
-
     def client_dataset(self, client_id: str) -> Dataset[Any]:
         """Return the training sets of all clients, one after another."""
         return ConcatDataset([self.data.client_dataset(client) for client in self.data.client_ids])
-
-    def validation_dataset(self) -> Dataset[Any]:
-        """Return the validation data."""
-        return self.data.validation_dataset()
-
-    def test_dataset(self) -> Dataset[Any]:
-        """Return the test data."""
-        return self.data.test_dataset()
-
-    def collate(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
-        """Join samples into a batch as the other module does."""
-        return self.data.collate(samples)
