@@ -48,23 +48,31 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """The command that carries it out, without the program's name."""
-        return ["fit", f"--config={self.config_file}", f"--output={self.folder}"]
+        """The command that carries it out, or goes on with it, without the program's name."""
+        return ["fit", f"--config={self.config_file}", f"--output={self.folder}", "--ckpt_path=last"]
 
     @property
     def finished(self) -> bool:
         """Whether it has been run to its end with just this configuration."""
         try:
             json.loads(RunFolder(self.folder).summary.read_text(encoding="utf-8"))
-            before = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError):
             return False
-        return bool(before == self.config)
+        return self.begun
+
+    @property
+    def begun(self) -> bool:
+        """Whether what is there was begun with just this configuration."""
+        try:
+            return bool(yaml.safe_load(self.config_file.read_text(encoding="utf-8")) == self.config)
+        except (OSError, yaml.YAMLError):
+            return False
 
     def make_room(self) -> None:
-        """Set aside what an interrupted run, or one of another configuration, left, and write the configuration."""
+        """Set aside what is no run of this configuration that could go on, and write the configuration."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if self.folder.exists():
+        goes_on = self.begun and RunFolder(self.folder).config.is_file()
+        if self.folder.exists() and not goes_on:
             aside = self.folder.parent / "set_aside"
             aside.mkdir(exist_ok=True)
             place = RunFolder.next_free(aside, self.folder.name)

@@ -120,19 +120,22 @@ def test_two_arms_are_tuned_run_and_compared_and_nothing_runs_twice(config, read
     assert len(starter.started) == 6 and [len(arm.runs) for arm in again.arms] == [2, 2]
 
 
-def test_interrupted_and_changed_runs_are_set_aside_and_run_anew(config, read, tmp_path):
+def test_changed_runs_are_set_aside_and_run_anew_and_interrupted_ones_go_on(config, read, tmp_path):
     config |= {"learning_rates": [0.01], "seeds": [0]}
     compare(read(config), Starter(), list.append.__get__([]))
     runs = tmp_path / "out" / "runs"
-    (runs / "one_block-0.01-0" / "summary.json").unlink()
+    interrupted = runs / "one_block-0.01-0"
+    (interrupted / "summary.json").unlink()
+    lines = (interrupted / "metrics.jsonl").read_text()
     config["arms"]["another"] = {"algorithm.init_args.positions": [1]}
     starter = Starter()
     compare(read(config), starter, list.append.__get__([]))
     assert len(starter.started) == 2
     aside = runs / "set_aside"
-    assert not (aside / "one_block-0.01-0" / "summary.json").exists()
+    assert not (aside / "one_block-0.01-0").exists()
+    assert (interrupted / "metrics.jsonl").read_text() == lines  # measured times included: no round was run again
     assert (aside / "another-0.01-0" / "summary.json").exists()
-    assert (runs / "one_block-0.01-0" / "summary.json").exists()
+    assert (interrupted / "summary.json").exists()
     before = yaml.safe_load((aside / "another-0.01-0.yaml").read_text())
     assert before["algorithm"]["init_args"]["positions"] == [0]
 
