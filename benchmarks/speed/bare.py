@@ -1,4 +1,4 @@
-"""The same federation as a bare PyTorch loop, as one writes it for a single run; alone in a process: ``bare.py DIR``."""
+"""The same federation as a bare PyTorch loop, as one writes it for a single run; alone: ``bare.py DIR``."""
 
 import functools
 import json

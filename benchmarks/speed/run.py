@@ -40,8 +40,8 @@ SIDES = {
     "Flower, model kept, side by side": ("flower.py", "kept", "side-by-side"),
 }
 FLOWER = tuple(side for side in SIDES if side.startswith("Flower"))
-ADAPTERS = Case("adapters, 10 clients")
-BLOCKS = Case("blocks above 9 and 11 of 12", kind="blocks", layers=12, positions=(8, 10), rounds=6)
+ADAPTERS = Case("adapters, 10 clients", steps=10, rounds=3)
+BLOCKS = Case("upper blocks, 10 clients", kind="blocks", layers=12, positions=(8, 10), steps=6)
 LARGE = Case("64 MB, 10 clients", hidden=512, layers=8, rank=203, steps=2, length=32, rounds=2)
 
 
@@ -62,7 +62,7 @@ class Measurement:
 
 def plan(quick: bool) -> list[Measurement]:
     """Return everything to measure once."""
-    hundred = replace(ADAPTERS, name="adapters, 100 clients", clients=100, rounds=2)
+    hundred = replace(ADAPTERS, name="adapters, 100 clients", clients=100, steps=4, rounds=2)
     timed = [Measurement(ADAPTERS, side) for side in ("bare", "fedbe beside bare", *FLOWER)]
     timed += [Measurement(hundred, side) for side in ("fedbe beside bare", *FLOWER[1:])]
     timed += [Measurement(BLOCKS, side) for side in ("fedbe beside bare", "fedbe, prefix, beside bare")]
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flower", type=Path, help="Python of the environment with Flower; leave out to go without")
     parser.add_argument("--results", type=Path, default=Path("runs/speed.jsonl"), help="added to, if it is there")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="small cases, to see that everything runs")
     parser.add_argument("--sample-seconds", type=float, default=0.1, help="between samples of the memory")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ from fedbe.client import ClientModule, OptimizerFactory, Schedule
 from fedbe.data import FederatedDataModule
 from fedbe.engines.base import failure
 from fedbe.expansion.probe import ProbeReport
-from fedbe.machine import trim_memory
+from fedbe.machine import Trimming
 from fedbe.objectives import Objective
 from fedbe.seeding import derive_seed, generator, isolated_rng
 from fedbe.trainer import QUIET
@@ -51,6 +51,7 @@ class InProcessEngine:
     seed: int = 0
     objective: Objective = field(default_factory=Objective)
     timeout_seconds: float | None = None
+    _trimming: Trimming = field(default_factory=Trimming, init=False, repr=False, compare=False)
 
     def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Outcome]]:
         """Yield each task with what came of it."""
@@ -85,7 +86,7 @@ class InProcessEngine:
         metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
         metrics |= dict(zip(("first_loss", "last_loss"), client.loss_change, strict=True))
         metrics |= {f"gradient_norm/{unit}": norm for unit, norm in client.gradient_norms.items()}
-        trim_memory()
+        self._trimming.after_client()
         extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
         return Update(task.client_id, sent, client.samples_seen, metrics, kept, extra, objective_kept)
