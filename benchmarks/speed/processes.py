@@ -1,7 +1,9 @@
 """Runs one measurement in a process of its own and follows the memory of all processes that it starts."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -78,6 +80,14 @@ def marked(pid: int, mark: str) -> bool:
         return False
 
 
+def end(mark: str) -> None:
+    """End what is left of the processes that carry the mark."""
+    for pid, _ in processes():
+        if marked(pid, mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def proportional_bytes(pid: int) -> int:
     """Return the proportional set size of a process; 0 if there is none."""
     try:
@@ -113,8 +123,9 @@ def run_measurement(
         try:
             output, _ = process.communicate(timeout=limit_seconds)
         finally:
-            process.kill()
             sampler.stop()
+            end(mark)
+            process.wait()
         if process.returncode:
             errors.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{errors.read()[-3000:]}")

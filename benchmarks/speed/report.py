@@ -18,7 +18,7 @@ def report(results: Path) -> str:
         lines.setdefault((line["case"]["name"], line["side"]), []).append(line)
     timed = {key: found for key, found in lines.items() if "peak_bytes" not in found[0]}
     sampled = {key: found for key, found in lines.items() if "peak_bytes" in found[0]}
-    parts = [time_table(timed), start_table(timed), ratio_table(timed), memory_table(sampled)]
+    parts = [ratio_table(timed), time_table(timed), start_table(timed), memory_table(sampled), flower_table(lines)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -28,9 +28,9 @@ def time_table(lines: Lines) -> str:
     for (case, side), found in lines.items():
         clients = found[0]["case"]["clients"]
         for name, seconds, steps in sides_of(side, rounds_of(found)):
-            beyond = [a - b for a, b in zip(seconds, steps, strict=True)]
-            per_client = 1e3 * statistics.median(beyond) / clients
-            rows.append([case, name, spread(seconds), spread(beyond), f"{per_client:.1f}", len(seconds)])
+            rest = [a - b for a, b in zip(seconds, steps, strict=True)]
+            per_client = 1e3 * statistics.median(rest) / clients
+            rows.append([case, name, spread(seconds), spread(rest), f"{per_client:.1f}", len(seconds)])
     return table(["case", "side", "seconds a round", "beyond the steps", "ms a client", "rounds"], rows)
 
 
@@ -64,6 +64,27 @@ def memory_table(lines: Lines) -> str:
         for (case, side), found in lines.items()
     ]
     return table(["case", "side", "peak memory, MB", "processes at once", "repeats"], rows)
+
+
+def flower_table(lines: Lines) -> str:
+    """Return the targets against Flower: its time beyond the local steps over fedbe's, and fedbe's memory over its."""
+    rows = []
+    for (case, side), found in lines.items():
+        own = next((lines[case, name] for name in ("fedbe", "fedbe beside bare") if (case, name) in lines), None)
+        if not side.startswith("Flower") or own is None:
+            continue
+        if "peak_bytes" in found[0]:
+            ours, theirs = (statistics.median(f["peak_bytes"] for f in some) for some in (own, found))
+            rows.append([case, side, "peak memory, fedbe ÷ Flower", f"{ours / theirs:.2f}", "0.33 or less"])
+        else:
+            ours, theirs = (statistics.median(beyond(some)) for some in (own, found))
+            rows.append([case, side, "beyond the steps, Flower ÷ fedbe", f"{theirs / ours:.1f}", "5 or more"])
+    return table(["case", "side", "what", "ratio of medians", "target"], rows)
+
+
+def beyond(found: Iterable[dict[str, Any]]) -> list[float]:
+    """Return the seconds of each round that its local steps do not account for."""
+    return [r["seconds"] - r["steps"] for r in rounds_of(found)]
 
 
 def rounds_of(found: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
