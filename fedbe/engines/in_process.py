@@ -56,6 +56,7 @@ class InProcessEngine:
     def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Outcome]]:
         """Yield each task with what came of it."""
         for task in tasks:
+            self._trimming.before_client()
             yield task, self.attempt(task)
 
     def attempt(self, task: ClientTask) -> Outcome:
@@ -86,7 +87,6 @@ class InProcessEngine:
         metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
         metrics |= dict(zip(("first_loss", "last_loss"), client.loss_change, strict=True))
         metrics |= {f"gradient_norm/{unit}": norm for unit, norm in client.gradient_norms.items()}
-        self._trimming.after_client()
         extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
         return Update(task.client_id, sent, client.samples_seen, metrics, kept, extra, objective_kept)

@@ -55,5 +55,5 @@ def test_memory_is_trimmed_when_it_has_grown_since_the_first_client_after_a_trim
     monkeypatch.setattr("fedbe.machine.resident_bytes", lambda: next(in_use))
     monkeypatch.setattr("fedbe.machine.trim_memory", lambda: trims.append(True))
     trimming = Trimming(growth=1.05)
-    counts = [trimming.after_client() or len(trims) for _ in range(6)]
+    counts = [trimming.before_client() or len(trims) for _ in range(6)]
     assert counts == [0, 0, 1, 1, 1, 2]
