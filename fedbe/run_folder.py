@@ -37,13 +37,19 @@ class RunFolder:
         if problem is not None and not (self.begin_again and self._only_begun):
             raise ConfigError(problem)
         self.metrics.unlink(missing_ok=True)
-        for directory in (self.path, self.plots, self.checkpoints):
-            directory.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        # First: a folder that holds anything else and no configuration is not known again as a run's.
         self.config.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        for directory in (self.plots, self.checkpoints):
+            directory.mkdir(exist_ok=True)
 
     @property
     def _only_begun(self) -> bool:
-        return self.config.is_file() and not self.summary.exists() and not any(self.checkpoints.glob("*.safetensors"))
+        return (
+            self.config.is_file()
+            and not self.summary.exists()
+            and not any(self.checkpoints.glob("round_*.safetensors"))
+        )
 
     @staticmethod
     def problem(path: Path) -> Problem | None:

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from fedbe.config import RunConfig, check_sections
 from fedbe.config_errors import collect, read_raw
 from fedbe.errors import ConfigError, Problem
-from fedbe.trainer import quiet_libraries
+from fedbe.trainer import quiet_libraries, remember_installed_callbacks
 
 LISTS = ("general_tasks", "callbacks")
 MAPPINGS = ("model", "client", "federation", "trainer")
@@ -64,6 +64,7 @@ def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfi
     if loose and "--config" not in arguments[: list(arguments).index(loose[0])][-1:]:
         raise ConfigError(Problem("command line", loose[0], f"name a configuration with --config {loose[0]}"))
     quiet_libraries()
+    remember_installed_callbacks()
     if no_mappings(read_raw(arguments)):
         raise ConfigError(*all_problems(parser, arguments, None))
     try:

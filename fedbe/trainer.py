@@ -1,5 +1,7 @@
 """The arguments of each client's `L.Trainer`, and what keeps one from training a client."""
 
+import functools
+import importlib.metadata
 import inspect
 import logging
 import math
@@ -9,6 +11,7 @@ from typing import Any
 
 import datasets
 import lightning as L
+from lightning.fabric.utilities import registry
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers.utils.logging import disable_progress_bar
 
@@ -113,3 +116,12 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
+
+
+def remember_installed_callbacks() -> None:
+    """Have Lightning look only once for callbacks that installed packages bring along, and not for each client.
+
+    It reads the metadata of every package for that, which takes longer than all else about a new `L.Trainer`.
+    """
+    if hasattr(registry, "entry_points"):
+        registry.entry_points = functools.cache(importlib.metadata.entry_points)

@@ -6,7 +6,6 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ParamSpec, TypeVar
 
@@ -14,7 +13,7 @@ from fedbe.bench.display import without_display
 from fedbe.callback import FederatedCallback
 from fedbe.fit import build
 from fedbe.loop import FederatedLoop
-from fedbe.machine import memory_line, peak_rss_bytes, trim_memory
+from fedbe.machine import peak_rss_bytes, resident_bytes, trim_memory
 from fedbe.run_parser import read_run, run_parser
 
 MIB = 2**20
@@ -79,12 +78,6 @@ def give_back_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, 2**16)
-
-
-def resident_bytes() -> int:
-    """Return the resident memory of this process now, in bytes; on systems without ``/proc`` its peak so far."""
-    status = Path("/proc/self/status")
-    return memory_line(status, "VmRSS") if status.exists() else peak_rss_bytes()
 
 
 def measure_memory(arguments: Sequence[str], clients: int) -> MemoryUse:

@@ -17,7 +17,7 @@ from fedbe.client import ClientModule, OptimizerFactory, Schedule
 from fedbe.data import FederatedDataModule
 from fedbe.engines.base import failure
 from fedbe.expansion.probe import ProbeReport
-from fedbe.machine import trim_memory
+from fedbe.machine import Trimming
 from fedbe.objectives import Objective
 from fedbe.prefix import PrefixReuse, Store
 from fedbe.seeding import derive_seed, generator, isolated_rng
@@ -52,6 +52,7 @@ class InProcessEngine:
     seed: int = 0
     objective: Objective = field(default_factory=Objective)
     timeout_seconds: float | None = None
+    _trimming: Trimming = field(default_factory=Trimming, init=False, repr=False, compare=False)
 
     def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Outcome]]:
         """Yield each task with what came of it."""
@@ -60,6 +61,7 @@ class InProcessEngine:
 
     def attempt(self, task: ClientTask) -> Outcome:
         """Train one client; what it raises is its own failure, and leaves no gradient behind."""
+        self._trimming.before_client()
         try:
             return self.train_client(task)
         except Exception as error:  # whatever a client's data, model or callbacks do
@@ -86,7 +88,6 @@ class InProcessEngine:
         metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
         metrics |= dict(zip(("first_loss", "last_loss"), client.loss_change, strict=True))
         metrics |= {f"gradient_norm/{unit}": norm for unit, norm in client.gradient_norms.items()}
-        trim_memory()
         extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
         return Update(task.client_id, sent, client.samples_seen, metrics, kept, extra, objective_kept)

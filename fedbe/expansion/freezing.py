@@ -1,6 +1,6 @@
 """Which parameters train: names taken from the inserted modules, freeze masks, and training modes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -67,8 +67,9 @@ def freeze(model: nn.Module, trainable_names: Iterable[str]) -> None:
     Raises:
         ExpansionError: If a name is no parameter of the model.
     """
-    names = _known(model, trainable_names)
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    names = _known(model, parameters, trainable_names)
+    for name, parameter in parameters.items():
         parameter.requires_grad_(name in names)
         if name not in names:
             parameter.grad = None
@@ -84,24 +85,24 @@ def set_training_modes(model: PreTrainedModel, trainable_names: Iterable[str]) -
     Raises:
         ExpansionError: If a name is no parameter of the model.
     """
-    names = _known(model, trainable_names)
+    parameters = dict(model.named_parameters())
+    names = _known(model, parameters, trainable_names)
     if hf_checkpointing_enabled(model):
         enable_gradient_checkpointing(model)
     model.train(False)
-    trained = {id(parameter) for name, parameter in model.named_parameters() if name in names}
-    if len(trained) == len(list(model.parameters())):
+    if len(names) == len(parameters):
         model.train()
         return
-    covered: set[int] = set()
+    trained = {id(parameters[name]) for name in names}
+    elsewhere = set(trained)
     for unit in _units(model):
-        parameters = {id(parameter) for module in unit for parameter in module.parameters()}
-        covered |= parameters
-        if parameters & trained:
+        own = {id(parameter) for module in unit for parameter in module.parameters()}
+        elsewhere -= own
+        if own & trained:
             for module in unit:
                 module.train()
-    for module in model.modules():
-        own = {id(parameter) for parameter in module.parameters(recurse=False)}
-        if own & trained - covered:
+    for module in model.modules() if elsewhere else ():
+        if any(id(parameter) in elsewhere for parameter in module.parameters(recurse=False)):
             module.training = True
 
 
@@ -117,9 +118,9 @@ def _has_task_head(model: PreTrainedModel) -> bool:
     return model.base_model is not model and language_model_head is None
 
 
-def _known(model: nn.Module, names: Iterable[str]) -> set[str]:
+def _known(model: nn.Module, parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> set[str]:
     wanted = set(names)
-    if unknown := sorted(wanted - {name for name, _ in model.named_parameters()}):
+    if unknown := sorted(wanted - parameters.keys()):
         raise ExpansionError(
             f"`trainable_names` holds {unknown[0]!r}, which is no parameter of {type(model).__name__}: take names "
             "from block_parameter_names or named_parameters (a tied parameter has one name there)."

@@ -1,0 +1,131 @@
+"""The same federation by fedbe, alone in a process: ``framework.py DIR [prefix] [paired]``.
+
+Paired: each round is followed by the same round of the bare loop, in this process and on a model of its own.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from bare import BareLoop
+from case import BASE, START, Case, Rows, client_rows, in_order
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from fedbe.bench.display import without_display
+from fedbe.bench.overhead import UNEVALUATED, difference, timed
+from fedbe.callback import FederatedCallback
+from fedbe.data import FederatedDataModule
+from fedbe.fit import build
+from fedbe.loop import FederatedLoop
+from fedbe.run_parser import read_run, run_parser
+from fedbe.update import ClientTask
+
+
+class CaseData(FederatedDataModule):
+    """The sequences of a case; those of the first client are the held-out ones as well, a few of them.
+
+    Args:
+        folder: Where the case is.
+    """
+
+    def __init__(self, folder: str) -> None:
+        case = Case.read(Path(folder))
+        super().__init__(case.batch_size)
+        self.rows = client_rows(Path(folder))
+
+    @property
+    def client_ids(self) -> list[str]:
+        """The clients' numbers."""
+        return [str(number) for number in range(len(self.rows))]
+
+    def client_dataset(self, client_id: str) -> Rows:
+        """Return one client's sequences."""
+        return self.rows[int(client_id)]
+
+    def client_dataloader(self, client_id: str, generator: torch.Generator) -> DataLoader[Any]:
+        """Return one client's batches, in the order of every side."""
+        return in_order(self.client_dataset(client_id), self.batch_size)
+
+    def validation_dataset(self) -> Rows:
+        """Return what the base model is scored on before the first round."""
+        return Rows(self.rows[0].tokens[:2])
+
+    def test_dataset(self) -> Rows:
+        """Return what the base model is scored on before the first round."""
+        return self.validation_dataset()
+
+
+class Beginning(FederatedCallback):
+    """Notes when the first client begins, by the system's monotonic clock."""
+
+    began: float | None = None
+
+    def on_client_start(self, loop: FederatedLoop, task: ClientTask) -> None:
+        """Note the time, the first time."""
+        self.began = self.began or time.monotonic()
+
+
+def configuration(case: Case, folder: Path, prefix: bool) -> dict[str, Any]:
+    """Return the run's configuration."""
+    algorithm: dict[str, Any] = {
+        "class_path": "fedbe.algorithms.FedIT",
+        "init_args": {"rank": case.rank, "alpha": float(case.rank), "dropout": 0.0},
+    }
+    if case.kind == "blocks":
+        algorithm = {"class_path": "fedbe.algorithms.BlockExpansion", "init_args": {"positions": list(case.positions)}}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.0}}
+    return {
+        "seed": case.seed,
+        "model": {"name": str(folder / BASE)},
+        "algorithm": algorithm,
+        "data": {"class_path": "framework.CaseData", "init_args": {"folder": str(folder)}},
+        "client": {"optimizer": optimizer},
+        "federation": {"rounds": case.rounds + 1, "cohort": "all"},
+        "trainer": {"max_steps": case.steps, "accelerator": "cpu"},
+    } | ({"prefix": {"gib": 1.0}} if prefix else {})
+
+
+def started_loop(case: Case, folder: Path, output: Path, prefix: bool) -> FederatedLoop:
+    """Return a loop whose next call of `advance` is the first round, from the tensors from which all sides start."""
+    file = output / "run.yaml"
+    file.write_text(yaml.safe_dump(configuration(case, folder, prefix)))
+    run, config = read_run(run_parser("fit"), [f"--config={file}", f"--output={output}/run", *UNEVALUATED])
+    loop = build(run, config)
+    loop.callbacks = [*without_display(loop), Beginning()]
+    loop.setup()
+    loop.on_run_start()
+    loop.restore(load_file(folder / START))
+    return loop
+
+
+def measure(case: Case, folder: Path, prefix: bool = False, paired: bool = False) -> dict[str, Any]:
+    """Run a case and return what was measured: seconds of each round, and with `paired` those of the bare loop's."""
+    rounds, bare = [], None
+    with TemporaryDirectory() as output:
+        loop = started_loop(case, folder, Path(output), prefix)
+        for _ in range(case.rounds):
+            seconds, _ = timed(loop.advance)
+            rounds.append({"seconds": seconds})
+            if paired:
+                bare = bare or BareLoop(case, folder)  # not before the first round, whose beginning is measured
+                bare_seconds, steps = timed(bare.round)
+                rounds[-1] |= {"bare": bare_seconds, "steps": steps}
+    began = next(callback.began for callback in loop.callbacks if isinstance(callback, Beginning))
+    return {"rounds": rounds, "began": began} | ({"difference": difference(bare.state, loop.state)} if bare else {})
+
+
+def main(folder: Path, *options: str) -> None:
+    """Measure a case and print the result."""
+    case = Case.read(folder)
+    torch.set_num_threads(case.threads)
+    print(json.dumps(measure(case, folder, "prefix" in options, "paired" in options)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
