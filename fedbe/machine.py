@@ -22,27 +22,24 @@ def trim_memory() -> None:
 
 
 class Trimming:
-    """Gives freed memory back (`trim_memory`) when the process has grown, and not for each client.
+    """Gives freed memory back (`trim_memory`) between two clients when the process has grown, and not for each client.
 
     What was given back must be fetched anew, page by page: measured on small models, that alone made a client's steps
-    a twentieth slower. Between two clients, as what the one has sent is no longer needed then.
+    a twentieth slower.
 
     Args:
-        growth: By which factor the process may grow from before the first client after a trim to before any later one.
+        growth: By which factor the process may grow over what it had in use after the last time.
     """
 
-    def __init__(self, growth: float = 1.05) -> None:
+    def __init__(self, growth: float = 1.1) -> None:
         self.growth = growth
-        self._reference: int | None = None
+        self._in_use = 0
 
     def before_client(self) -> None:
-        """Look at the memory in use before a client's run, and trim it if it has grown."""
-        now = resident_bytes()
-        if self._reference is None:
-            self._reference = now
-        elif now > self.growth * self._reference:
+        """Trim the memory if it has grown."""
+        if resident_bytes() > self.growth * self._in_use:
             trim_memory()
-            self._reference = None
+            self._in_use = resident_bytes()
 
 
 def resident_bytes() -> int:
