@@ -52,6 +52,15 @@ class Algorithm(ABC):
         """What clients tell the server besides tensors and it acts on, in words; by default nothing."""
         return None
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether `begin` and `finish` do no more than load and copy tensors, so that clients may train in one pass.
+
+        By default where they are the ones of this class.
+        """
+        kind = type(self)
+        return kind.begin is Algorithm.begin and kind.finish is Algorithm.finish
+
     def probed(self, client_ids: Sequence[str]) -> Sequence[str]:
         """Return the clients that look at the base model before `prepare`; by default none."""
         return ()
