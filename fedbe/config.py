@@ -254,9 +254,10 @@ def check_cohort_engine(
     algorithm: Algorithm, client: Client, federation: Federation, options: Mapping[str, Any]
 ) -> list[Problem]:
     """Return why clients cannot be trained in one pass, where a number of them is given."""
-    if federation.clients_in_one_pass in ("auto", 1):
+    number = federation.clients_in_one_pass
+    if number in ("auto", 1):
         return []
-    return check_one_pass(algorithm, client.objective, options, federation.client_timeout_seconds)
+    return check_one_pass(number, algorithm, client.objective, options, federation.client_timeout_seconds)
 
 
 def check_clock(clock: SimulatedClock | None, options: Mapping[str, Any], key: str = "clock") -> list[Problem]:

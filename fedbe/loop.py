@@ -269,6 +269,7 @@ class FederatedLoop:
             "simulated_seconds": self.simulated_seconds,
             "wall_seconds": self.wall_seconds,
             "evaluation_seconds": self.evaluation_seconds,
+            "engine": self._engine_state,
             "prefix": None if self._prefix is None else self._prefix.figures,
             "peak_rss_bytes": peak_rss_bytes(),
             "versions": versions(),
@@ -328,7 +329,7 @@ class FederatedLoop:
             "wall_seconds": self.wall_seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "algorithm": self.algorithm.state_dict(),
-            "engine": self.engine.state_dict() if isinstance(self.engine, PreparedEngine) else {},
+            "engine": self._engine_state,
             "logger": None if self.logger is None else self.logger.version,
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
@@ -403,6 +404,10 @@ class FederatedLoop:
         if self.prefix is not None:
             changing = {*self.algorithm.state_names, *self.algorithm.trainable_names}
             self._prefix = reuse_prefix(self.model, changing, self.engine.store(self.prefix), self._inputs)
+
+    @property
+    def _engine_state(self) -> dict[str, Any]:
+        return self.engine.state_dict() if isinstance(self.engine, PreparedEngine) else {}
 
     def _prepare_engine(self) -> None:
         if isinstance(self.engine, PreparedEngine):

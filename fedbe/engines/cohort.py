@@ -47,39 +47,34 @@ _SHARED_OPTIONS = frozenset(
 
 
 def check_one_pass(
+    number: int | str,
     algorithm: Algorithm,
     objective: Objective,
     options: Mapping[str, Any],
     timeout_seconds: float | None,
-    key: str = KEY,
 ) -> list[Problem]:
     """Return what keeps clients from being trained in one pass.
 
     Args:
+        number: How many are to be.
         algorithm: What is trained.
         objective: What clients minimise.
         options: The arguments of a client's `L.Trainer`.
         timeout_seconds: How long a client may train.
-        key: Where the number of clients is in the configuration.
     """
-    problems = []
+    reasons = []
     if not algorithm.shares_passes:
-        remedy = f"a client of {type(algorithm).__name__} needs the model to itself: give 1"
-        problems.append(Problem(key, type(algorithm).__name__, remedy))
+        reasons.append(f"a client of {type(algorithm).__name__} needs the model to itself: give 1")
     if type(objective) not in (Objective, Plain):
-        remedy = f"{type(objective).__name__} acts on one client's model: give 1, or fedbe.objectives.Plain"
-        problems.append(Problem(key, type(objective).__name__, remedy))
+        reasons.append(f"{type(objective).__name__} acts on one client's model: give 1, or fedbe.objectives.Plain")
     if timeout_seconds is not None:
-        remedy = "clients in one pass have no time of their own: give 1, or leave client_timeout_seconds out"
-        problems.append(Problem(key, timeout_seconds, remedy))
+        reasons.append("clients in one pass have no time of their own: give 1, or leave client_timeout_seconds out")
     given = {name: item.default for name, item in inspect.signature(L.Trainer).parameters.items()}
     for name, value in options.items():
         scaled = name == "precision" and str(value).startswith("16")  # one scale of gradients for all clients
         if scaled or (name not in _OWN_OPTIONS | _SHARED_OPTIONS and value not in (given[name], [])):
-            problems.append(
-                Problem(key, f"trainer.{name}: {value}", "is for one client at a time: give 1, or leave it out")
-            )
-    return problems
+            reasons.append(f"trainer.{name} = {value!r} is for one client at a time: give 1, or leave that out")
+    return [Problem(KEY, number, reason) for reason in reasons]
 
 
 @dataclass
@@ -87,7 +82,9 @@ class CohortEngine:
     """Trains several clients at a time in one pass of the resident model; each comes to its own result up to rounding.
 
     Clients step side by side, each with tensors, optimizer, schedule and gradient clipping of its own, as many steps as
-    it would take alone. If anything goes wrong they are trained one by one, so that each has its own outcome.
+    it would take alone. If anything goes wrong they are trained one by one, so that each has its own outcome. Of the
+    time that a pass takes each client is said to have taken its part, by samples. Where a round is continued in its
+    middle, others train together than before: its result is the same up to rounding, and not to the bit.
 
     Attributes:
         clients: What trains a client by itself.
@@ -130,16 +127,16 @@ class CohortEngine:
 
     def _problems(self, inputs: Batch) -> list[Problem]:
         engine = self.clients
-        problems = check_one_pass(engine.algorithm, engine.objective, engine.trainer, engine.timeout_seconds)
-        if problems:
+        settings = engine.algorithm, engine.objective, engine.trainer, engine.timeout_seconds
+        if problems := check_one_pass(self.number, *settings):
             return problems
         kind = type(engine.model).__name__
         try:
             verify_one_pass(engine.model, engine.algorithm.trainable_names, inputs)
         except OnePassError as error:
-            return [Problem(KEY, kind, f"{error}: give 1")]
+            return [Problem(KEY, self.number, f"{kind}: {error}: give 1")]
         except Exception as error:  # an unknown architecture may fail in any way
-            return [Problem(KEY, kind, f"cannot be, give 1 ({type(error).__name__}: {error})")]
+            return [Problem(KEY, self.number, f"{kind} fails with {type(error).__name__}: {error}: give 1")]
         return []
 
     def store(self, reuse: PrefixReuse) -> Store:

@@ -259,7 +259,7 @@ def test_auto_takes_what_was_measured_and_leaves_no_trace(tmp_path, monkeypatch,
 
     monkeypatch.setattr("fedbe.engines.cohort.measured", measured)
     loop, updates = run(tmp_path / "auto", "auto")
-    assert loop.engine.state_dict() == {"clients_in_one_pass": fastest} and seen == [4]
+    assert loop.engine.state_dict() == loop.summary["engine"] == {"clients_in_one_pass": fastest} and seen == [4]
     monkeypatch.undo()
     assert_near((loop, updates), run(tmp_path / "measured", "auto"))
 
@@ -296,7 +296,7 @@ def test_what_cannot_be_in_one_pass_is_refused_before_round_1(tmp_path, options,
     ],
 )
 def test_settings_that_do_not_go_with_one_pass_are_named(algorithm, objective, options, timeout, reason):
-    [problem] = check_one_pass(algorithm, objective, options, timeout)
+    [problem] = check_one_pass(2, algorithm, objective, options, timeout)
     assert problem.key == "federation.clients_in_one_pass" and reason in str(problem)
     client, federation = Client(objective=objective), Federation(client_timeout_seconds=timeout, clients_in_one_pass=2)
     assert check_cohort_engine(algorithm, client, federation, options) == [problem]
@@ -306,7 +306,7 @@ def test_settings_that_do_not_go_with_one_pass_are_named(algorithm, objective, o
 
 def test_defaults_written_out_go_with_one_pass():
     options = {"max_steps": 3, "accumulate_grad_batches": 1, "num_nodes": 1, "callbacks": [], "fast_dev_run": False}
-    assert check_one_pass(BlockExpansion(), Plain(), options, None) == []
+    assert check_one_pass(2, BlockExpansion(), Plain(), options, None) == []
 
 
 def test_a_number_below_one_is_a_mistake():
