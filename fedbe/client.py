@@ -122,6 +122,7 @@ class ClientModule(L.LightningModule):
         objective: What this client minimises; ``None`` for the model's own loss.
         watched: Groups of trained parameters, name → parameter names, whose gradients' size is measured.
         timeout_seconds: How long the training may take, from now on; ``None`` for as long as it takes.
+        added_loss: What is added to the model's own loss after each forward pass; ``None`` for nothing.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class ClientModule(L.LightningModule):
         objective: LocalObjective | None = None,
         watched: Mapping[str, tuple[str, ...]] | None = None,
         timeout_seconds: float | None = None,
+        added_loss: Callable[[], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._timeout, self._begun = timeout_seconds, time.monotonic()
@@ -141,6 +143,7 @@ class ClientModule(L.LightningModule):
         self._optimizer = optimizer
         self._schedule = schedule
         self._objective = objective or LocalObjective()
+        self._added_loss = added_loss
         groups = watched or {}
         self.notes = StepNotes({unit: [model.get_parameter(name) for name in groups[unit]] for unit in groups})
         freeze(model, trainable_names)
@@ -155,6 +158,8 @@ class ClientModule(L.LightningModule):
         if self._timeout is not None and time.monotonic() - self._begun > self._timeout:
             raise ClientTimeoutError(f"not done after {self._timeout:g} s and {batch_index} steps")
         loss: Tensor = self.model(**batch, **forward_options(self.model)).loss
+        if self._added_loss is not None:
+            loss = loss + self._added_loss()
         self.notes.loss(loss, batch)
         return self._objective.loss(loss, batch)
 

@@ -1,7 +1,7 @@
 """The protocol of a federated algorithm."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,13 @@ class Algorithm(ABC):
         if left_behind:
             raise ValueError(f"client {task.client_id!r} trains {min(left_behind)!r} but has no value to start from")
         load_tensors(model, {**task.received, **task.kept})
+
+    def added_loss(self, model: PreTrainedModel, task: ClientTask) -> Callable[[], Tensor] | None:
+        """Return what is added to the model's own loss in a client's steps; by default nothing.
+
+        Called after `begin`; what it returns is called after each forward pass on a batch of the client's.
+        """
+        return None
 
     def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Return what a trained client sends, and what it keeps; runs where the client is."""

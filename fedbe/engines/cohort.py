@@ -3,7 +3,7 @@
 import inspect
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from typing import Any, Literal, Self, TypeVar
@@ -193,7 +193,8 @@ class CohortEngine:
         schedule = engine.schedule.build(optimizer, task.round_index, engine.rounds, steps)
         watched = engine.algorithm.watched(task.trainable_names)
         notes = StepNotes({unit: [tensors[name] for name in watched[unit]] for unit in watched})
-        return Participant(task, tensors, taken, steps, optimizer, schedule, notes)
+        added_loss = engine.algorithm.added_loss(model, task)
+        return Participant(task, tensors, taken, steps, optimizer, schedule, notes, added_loss)
 
     def _update(self, participant: "Participant", seconds: float) -> Update:
         """Return what a client sends; `seconds` are its share of the group's time."""
@@ -215,6 +216,7 @@ class Participant:
         optimizer: Over its own parameters.
         schedule: Of its learning rate.
         notes: What is noted of its steps.
+        added_loss: What its algorithm adds to the model's own loss after each forward pass.
     """
 
     task: ClientTask
@@ -224,6 +226,7 @@ class Participant:
     optimizer: Optimizer
     schedule: LambdaLR
     notes: StepNotes
+    added_loss: Callable[[], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -273,7 +276,8 @@ class CohortModule(L.LightningModule):
         """Take one local step of each client that has a batch."""
         stepping = [self._participants[index] for index in batches]
         with self._one_pass.installed():
-            outputs = self._one_pass.outputs([p.tensors for p in stepping], list(batches.values()))
+            added = [p.added_loss for p in stepping]
+            outputs = self._one_pass.outputs([p.tensors for p in stepping], list(batches.values()), added)
         for participant, output, batch in zip(stepping, outputs, batches.values(), strict=True):
             participant.notes.loss(output.loss, batch)
         # No client's tensors are in another's loss, so that each gets the gradient of its own.

@@ -81,6 +81,7 @@ class InProcessEngine:
             objective,
             self.algorithm.watched(task.trainable_names),
             self.timeout_seconds,
+            self.algorithm.added_loss(self.model, task),
         )
         options = copy.deepcopy(dict(self.trainer)) | ({} if task.max_steps is None else {"max_steps": task.max_steps})
         with self.own_randomness(task):

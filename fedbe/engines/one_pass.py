@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fedbe.data import Batch
 from fedbe.expansion.architecture import find_blocks
 from fedbe.expansion.checkpointing import CheckpointedForward
+from fedbe.expansion.gate import find_gate
 from fedbe.models import forward_options
 from fedbe.prefix import innermost
 
@@ -68,6 +69,7 @@ class OnePass:
         if any(isinstance(vars(module).get("forward"), CheckpointedForward) for module in model.modules()):
             raise OnePassError("gradient checkpointing computes blocks again when other tensors have taken their place")
         self.sections: Sequence[Section] = ()
+        self._gate = find_gate(model)
         named = {id(parameter): name for name, parameter in model.named_parameters()}
         self._units = {
             path: _Unit(self, model.get_submodule(path), named, trained) for path in _unit_paths(model, trained)
@@ -81,12 +83,18 @@ class OnePass:
                 stack.enter_context(_swapped(self.model, path, unit))
             yield
 
-    def outputs(self, tensors: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch]) -> list[Any]:
+    def outputs(
+        self,
+        tensors: Sequence[Mapping[str, Tensor]],
+        batches: Sequence[Batch],
+        added_losses: Sequence[Callable[[], Tensor] | None] = (),
+    ) -> list[Any]:
         """Return the model's output on each client's batch with the client's tensors; the units must be installed.
 
         Args:
             tensors: Of each client, as in `Section`.
             batches: Of each client, in the same order.
+            added_losses: Of each client, called after its forward pass and added to its loss; nothing if left out.
 
         Raises:
             OnePassError: The batches do not go together.
@@ -97,12 +105,17 @@ class OnePass:
         self.sections = sections
         states = self._states(concatenated(batches))
         outputs = []
-        for section, batch in zip(sections, batches, strict=True):
+        seen = None if self._gate is None else self._gate.hidden
+        for section, batch, added in zip(sections, batches, added_losses or [None] * len(batches), strict=True):
             self.sections = [section]
             with _swapped(
                 self.model, self._path, _Replay(tree_map(partial(cut, section.rows, ends[-1], batch), states))
             ):
                 outputs.append(self.model(**batch, **forward_options(self.model)))
+            if self._gate is not None:
+                self._gate.look_at(cut(section.rows, ends[-1], batch, seen), batch.get("attention_mask"))
+            if added is not None:
+                outputs[-1].loss = outputs[-1].loss + added()
         return outputs
 
     def _states(self, joined: Batch) -> Any:

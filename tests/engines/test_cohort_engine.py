@@ -121,6 +121,16 @@ SETTINGS = {
     "watched": {"algorithm": lambda: FedBE(placement=FixedPlacement([0, 2]))},
     "existing blocks": {"algorithm": lambda: Unfreeze([1])},
     "adapters": {"algorithm": lambda: FedIT(rank=2, alpha=4, dropout=0.0)},
+    "a gate": {"algorithm": lambda: Gated(FedBE(placement=FixedPlacement([0, 2])), sequences=4, sequence_length=8)},
+    "a gate and unequal lengths": {
+        "algorithm": lambda: Gated(BlockExpansion([1]), sequences=4, sequence_length=8), "data": Unequal
+    },
+    "gated adapters": {
+        "algorithm": lambda: Gated(FedIT(rank=2, alpha=4, dropout=0.0, first_block=1), sequences=4, sequence_length=8)
+    },
+    "a gate over a known prefix": {
+        "algorithm": lambda: Gated(BlockExpansion([2]), sequences=4, sequence_length=8), "prefix": PrefixReuse
+    },
     "a head": {"model": tiny_bert, "data": Classes},
     "known prefix": {"algorithm": lambda: BlockExpansion([2]), "prefix": PrefixReuse},
     "half precision": {"trainer": {"precision": "bf16-mixed"}},
@@ -288,7 +298,7 @@ def test_what_cannot_be_in_one_pass_is_refused_before_round_1(tmp_path, options,
     [
         (BlockExpansion(), FedProx(), {}, None, "FedProx acts on one client's model"),
         (BlockExpansion(), Anchor(), {}, None, "Anchor acts on one client's model"),
-        (Gated(BlockExpansion()), Plain(), {}, None, "Gated needs the model to itself"),
+        (Gated(FLoRA(rank=2)), Plain(), {}, None, "Gated needs the model to itself"),
         (BlockExpansion(), Plain(), {"accumulate_grad_batches": 2}, None, "one client at a time"),
         (BlockExpansion(), Plain(), {"max_time": "00:00:01:00"}, None, "one client at a time"),
         (BlockExpansion(), Plain(), {"precision": "16-mixed"}, None, "one client at a time"),
