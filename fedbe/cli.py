@@ -194,7 +194,7 @@ def pretrain_command(arguments: Sequence[str]) -> None:
 
 
 def bench_command(arguments: Sequence[str]) -> None:
-    """Measure on this machine: `overhead`, `memory`, `fedit` (with LoRA), `cost-model`, `prefix`, `cohort`, `scaling`."""
+    """Measure on this machine: `overhead`, `memory`, `fedit` (LoRA), `cost-model`, `prefix`, `cohort`, `scaling`."""
     kinds = {
         "overhead": bench_overhead,
         "memory": bench_memory,

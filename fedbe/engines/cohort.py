@@ -23,7 +23,7 @@ from fedbe.engines.one_pass_trial import measured, quickest, verify_one_pass
 from fedbe.errors import ConfigError, Problem
 from fedbe.expansion import freeze, set_training_modes
 from fedbe.expansion.probe import ProbeReport
-from fedbe.machine import trim_memory
+from fedbe.machine import Trimming
 from fedbe.objectives import Objective, Plain
 from fedbe.prefix import PrefixReuse, Store
 from fedbe.seeding import derive_seed, isolated_rng
@@ -98,6 +98,7 @@ class CohortEngine:
     number: int | Literal["auto"]
     most: int
     _at_once: int = field(default=1, init=False)
+    _trimming: Trimming = field(default_factory=Trimming, init=False, repr=False, compare=False)
 
     def setup(self, inputs: Batch) -> None:
         """Verify that one pass comes to what single passes come to, and choose how many clients it is for.
@@ -156,6 +157,7 @@ class CohortEngine:
     def _attempt(self, tasks: Sequence[ClientTask]) -> Iterable[Outcome]:
         """Train clients in one pass; if one of them raises, train each by itself."""
         if len(tasks) > 1:
+            self._trimming.before_client()
             try:
                 return self.train_clients(tasks)
             except Exception as error:  # whatever one client's data does; alone it is that client's own failure
@@ -174,7 +176,6 @@ class CohortEngine:
         # Nothing should draw from the global generator here; whatever does leaves it as it was.
         with isolated_rng(derive_seed(engine.seed, "one pass")):
             fit(L.Trainer(**QUIET, **options, max_epochs=1), group, Steps(participants))
-        trim_memory()
         seconds, samples = time.perf_counter() - started, sum(p.notes.samples for p in participants)
         return [self._update(p, seconds * p.notes.samples / max(1, samples)) for p in participants]
 
