@@ -194,13 +194,14 @@ def pretrain_command(arguments: Sequence[str]) -> None:
 
 
 def bench_command(arguments: Sequence[str]) -> None:
-    """Measure on this machine: `overhead`, `memory`, `fedit` (both, with LoRA), `cost-model`, `prefix`, `scaling`."""
+    """Measure on this machine: `overhead`, `memory`, `fedit` (LoRA), `cost-model`, `prefix`, `cohort`, `scaling`."""
     kinds = {
         "overhead": bench_overhead,
         "memory": bench_memory,
         "fedit": bench_fedit,
         "cost-model": bench_cost_model,
         "prefix": bench_prefix,
+        "cohort": bench_cohort,
         "scaling": bench_scaling,
     }
     if not arguments or arguments[0] not in kinds:
@@ -277,6 +278,18 @@ def bench_prefix(arguments: Sequence[str]) -> None:
     repeats = "Pairs of steps to take the median of."
     gains = measured_steps("prefix", bench_prefix.__doc__, repeats, arguments, measure_prefix)
     print(HEADER, *gains, sep="\n")
+
+
+def bench_cohort(arguments: Sequence[str]) -> None:
+    """Measure rounds of several clients in one pass over rounds one client after another, by the size of batches."""
+    from fedbe.bench.cohort import HEADER, measure_cohort
+
+    def show(loop: FederatedLoop, repeats: int) -> None:
+        print(HEADER)
+        for gain in measure_cohort(loop, repeats):
+            print(gain, flush=True)
+
+    measured_steps("cohort", bench_cohort.__doc__, "Pairs of rounds to take the median of.", arguments, show)
 
 
 def bench_scaling(arguments: Sequence[str]) -> None:

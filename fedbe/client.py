@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -70,6 +70,47 @@ class Schedule:
         return LambdaLR(optimizer, lambda step: self.factor(first + step, total))
 
 
+class StepNotes:
+    """What is noted of a client's local steps.
+
+    Args:
+        watched: Groups of trained parameters, by name, whose gradients' size is measured.
+
+    Attributes:
+        samples: Number of samples really seen.
+    """
+
+    def __init__(self, watched: Mapping[str, Sequence[Tensor]]) -> None:
+        self.samples = 0
+        self._watched = watched
+        self._losses: list[Tensor] = []
+        self._norms: dict[str, list[Tensor]] = {unit: [] for unit in watched}
+
+    def loss(self, loss: Tensor, batch: Batch) -> None:
+        """Count the samples of a batch, and note the model's own loss on it."""
+        self.samples += len(next(iter(batch.values())))
+        self._losses.append(loss.detach())
+
+    def gradients(self) -> None:
+        """Measure the gradients as they are, before they are clipped."""
+        for unit, parameters in self._watched.items():
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self._norms[unit].append(torch.nn.utils.get_total_norm(gradients))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What an update says of the steps, see `Update`.
+
+        The training loss in nats in the mean, at the first step and at the last, NaN before the first; and of each
+        watched group's gradient the root mean square, over the steps, of its norm before clipping.
+        """
+        losses = torch.stack(self._losses) if self._losses else torch.tensor([math.nan])
+        metrics = {"loss": losses.mean(), "first_loss": losses[0], "last_loss": losses[-1]}
+        norms = {unit: torch.stack(norms).float() for unit, norms in self._norms.items() if norms}
+        metrics |= {f"gradient_norm/{unit}": norm.square().mean().sqrt() for unit, norm in norms.items()}
+        return {name: value.item() for name, value in metrics.items()}
+
+
 class ClientModule(L.LightningModule):
     """One client's training of the shared model, with the client's freeze mask.
 
@@ -81,6 +122,7 @@ class ClientModule(L.LightningModule):
         objective: What this client minimises; ``None`` for the model's own loss.
         watched: Groups of trained parameters, name → parameter names, whose gradients' size is measured.
         timeout_seconds: How long the training may take, from now on; ``None`` for as long as it takes.
+        added_loss: What is added to the model's own loss after each forward pass; ``None`` for nothing.
     """
 
     def __init__(
@@ -92,18 +134,18 @@ class ClientModule(L.LightningModule):
         objective: LocalObjective | None = None,
         watched: Mapping[str, tuple[str, ...]] | None = None,
         timeout_seconds: float | None = None,
+        added_loss: Callable[[], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._timeout, self._begun = timeout_seconds, time.monotonic()
         self.model = model
         self.trainable_names = trainable_names
-        self.samples_seen = 0
         self._optimizer = optimizer
         self._schedule = schedule
         self._objective = objective or LocalObjective()
-        self._losses: list[Tensor] = []
-        self._watched = {unit: [model.get_parameter(name) for name in names] for unit, names in (watched or {}).items()}
-        self._gradient_norms: dict[str, list[Tensor]] = {unit: [] for unit in self._watched}
+        self._added_loss = added_loss
+        groups = watched or {}
+        self.notes = StepNotes({unit: [model.get_parameter(name) for name in groups[unit]] for unit in groups})
         freeze(model, trainable_names)
         set_training_modes(model, trainable_names)
 
@@ -116,8 +158,9 @@ class ClientModule(L.LightningModule):
         if self._timeout is not None and time.monotonic() - self._begun > self._timeout:
             raise ClientTimeoutError(f"not done after {self._timeout:g} s and {batch_index} steps")
         loss: Tensor = self.model(**batch, **forward_options(self.model)).loss
-        self.samples_seen += len(next(iter(batch.values())))
-        self._losses.append(loss.detach())
+        if self._added_loss is not None:
+            loss = loss + self._added_loss()
+        self.notes.loss(loss, batch)
         return self._objective.loss(loss, batch)
 
     def configure_gradient_clipping(
@@ -127,9 +170,7 @@ class ClientModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Measure the gradients, clip them as the trainer says, then let the objective correct them."""
-        for unit, parameters in self._watched.items():
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            self._gradient_norms[unit].append(torch.nn.utils.get_total_norm(gradients))
+        self.notes.gradients()
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._objective.correct_gradients(optimizer.param_groups[0]["lr"])
 
@@ -147,25 +188,6 @@ class ClientModule(L.LightningModule):
         self.zero_grad(set_to_none=True)
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean training loss over the local steps, in nats; NaN before the first."""
-        return torch.stack(self._losses).mean().item() if self._losses else float("nan")
-
-    @property
-    def loss_change(self) -> tuple[float, float]:
-        """Training loss at the first and at the last local step, in nats; NaN before the first."""
-        return (self._losses[0].item(), self._losses[-1].item()) if self._losses else (float("nan"), float("nan"))
-
-    @property
-    def gradient_norms(self) -> dict[str, float]:
-        """Root mean square, over the local steps, of the norm of each watched group's gradient before clipping."""
-        return {
-            unit: torch.stack(norms).float().square().mean().sqrt().item()
-            for unit, norms in self._gradient_norms.items()
-            if norms
-        }
 
     def cpu(self) -> Self:
         """Stay where it is: Lightning would move the resident model to the CPU after each client's fit."""

@@ -23,7 +23,7 @@ from fedbe.checkpoint import Checkpoint, check_same_run
 from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.config import RunConfig
 from fedbe.data import FederatedDataModule
-from fedbe.engines import ForkedEngine, InProcessEngine
+from fedbe.engines import CohortEngine, Engine, ForkedEngine, InProcessEngine
 from fedbe.errors import ConfigError, Problem
 from fedbe.loop import FederatedLoop
 from fedbe.run_folder import RunFolder
@@ -126,7 +126,7 @@ def build(run: RunConfig, config: Mapping[str, Any], checkpoint: Checkpoint | No
         tokenizer=processor,
         algorithm=run.algorithm,
         data=data,
-        engine=engine if run.federation.workers == 1 else ForkedEngine(engine, run.federation.workers),
+        engine=side_by_side(engine, run),
         sampler=CohortSampler("all" if run.algorithm.pooled else run.federation.cohort, run.seed),
         folder=folder,
         rounds=run.federation.rounds,
@@ -143,6 +143,14 @@ def build(run: RunConfig, config: Mapping[str, Any], checkpoint: Checkpoint | No
         prefix=run.prefix,
         measure=capabilities_of(run.clock, run.client.optimizer, options) if run.clock else None,
     )
+
+
+def side_by_side(engine: InProcessEngine, run: RunConfig) -> Engine:
+    """Return the engine that trains as many clients at a time as the configuration says, in the way that it says."""
+    number, most = run.federation.clients_in_one_pass, cohort_count(run.federation.cohort, len(run.data.client_ids))
+    if run.federation.workers > 1:
+        return ForkedEngine(engine, run.federation.workers)
+    return engine if number == 1 or most == 1 else CohortEngine(engine, number, most)
 
 
 def connect_data(run: RunConfig) -> None:

@@ -21,7 +21,7 @@ from fedbe.callback import FederatedCallback
 from fedbe.checkpoint import Checkpoint, check_same_base, check_same_run, checksum, fingerprint, influential
 from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.data import Batch, FederatedDataModule
-from fedbe.engines.base import Engine
+from fedbe.engines.base import Engine, PreparedEngine
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.evaluation.personalised import summarise_clients
 from fedbe.evaluation.tasks import GeneralTask
@@ -197,6 +197,7 @@ class FederatedLoop:
         self.state = copy_tensors(self.model, self.algorithm.state_names)
         self.objective.setup(self._trained_state(), len(self.data.client_ids))
         self._reuse_prefix()
+        self._prepare_engine()
         clients = len(self.data.client_ids)
         self.averaging.setup(clients, cohort_count(self.sampler.size, clients), self.seed)
         self._measure_capabilities()
@@ -268,6 +269,7 @@ class FederatedLoop:
             "simulated_seconds": self.simulated_seconds,
             "wall_seconds": self.wall_seconds,
             "evaluation_seconds": self.evaluation_seconds,
+            "engine": self._engine_state,
             "prefix": None if self._prefix is None else self._prefix.figures,
             "peak_rss_bytes": peak_rss_bytes(),
             "versions": versions(),
@@ -327,6 +329,7 @@ class FederatedLoop:
             "wall_seconds": self.wall_seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "algorithm": self.algorithm.state_dict(),
+            "engine": self._engine_state,
             "logger": None if self.logger is None else self.logger.version,
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
@@ -342,6 +345,8 @@ class FederatedLoop:
         self._started = time.perf_counter() - state["wall_seconds"]
         self.algorithm.load_state_dict(state["algorithm"])
         self._measure_capabilities()
+        if isinstance(self.engine, PreparedEngine):
+            self.engine.load_state_dict(state["engine"])
         for callback, callback_state in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(callback_state)
 
@@ -400,6 +405,14 @@ class FederatedLoop:
             changing = {*self.algorithm.state_names, *self.algorithm.trainable_names}
             self._prefix = reuse_prefix(self.model, changing, self.engine.store(self.prefix), self._inputs)
 
+    @property
+    def _engine_state(self) -> dict[str, Any]:
+        return self.engine.state_dict() if isinstance(self.engine, PreparedEngine) else {}
+
+    def _prepare_engine(self) -> None:
+        if isinstance(self.engine, PreparedEngine):
+            self.engine.setup(self._inputs)
+
     def _aggregator(self) -> Aggregator:
         if self.averaging.exact:
             return self.algorithm.aggregator(self.state)
@@ -418,6 +431,7 @@ class FederatedLoop:
         self.server_optimizer.rename(renamed)
         self.objective.rename(renamed, self._trained_state())
         self._reuse_prefix()
+        self._prepare_engine()
         self._measure_capabilities()
 
     def _trained_state(self) -> dict[str, Tensor]:

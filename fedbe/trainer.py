@@ -48,12 +48,16 @@ def local_steps(options: Mapping[str, Any], batches: int) -> int:
             ``accumulate_grad_batches`` count.
         batches: Number of its batches.
     """
-    limit = options.get("limit_train_batches", 1.0)
-    batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
-    per_epoch = math.ceil(batches / options.get("accumulate_grad_batches", 1))
+    per_epoch = math.ceil(epoch_batches(options, batches) / options.get("accumulate_grad_batches", 1))
     steps, epochs = options.get("max_steps", -1), options.get("max_epochs", -1)
     limits = [steps] if steps > 0 else []
     return int(min([*limits, *([epochs * per_epoch] if epochs > 0 else [])]))
+
+
+def epoch_batches(options: Mapping[str, Any], batches: int) -> int:
+    """Return how many of a client's batches it takes in an epoch, as ``limit_train_batches`` says."""
+    limit = options.get("limit_train_batches", 1.0)
+    return min(batches, limit) if isinstance(limit, int) else int(limit * batches)
 
 
 def check_trainer(options: Mapping[str, Any], dtype: str, schedule: str) -> list[Problem]:

@@ -1,7 +1,7 @@
 """The protocol of a federated algorithm."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,15 @@ class Algorithm(ABC):
     def reports(self) -> str | None:
         """What clients tell the server besides tensors and it acts on, in words; by default nothing."""
         return None
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether `begin` and `finish` do no more than load and copy tensors, so that clients may train in one pass.
+
+        By default where they are the ones of this class.
+        """
+        kind = type(self)
+        return kind.begin is Algorithm.begin and kind.finish is Algorithm.finish
 
     def probed(self, client_ids: Sequence[str]) -> Sequence[str]:
         """Return the clients that look at the base model before `prepare`; by default none."""
@@ -161,6 +170,13 @@ class Algorithm(ABC):
         if left_behind:
             raise ValueError(f"client {task.client_id!r} trains {min(left_behind)!r} but has no value to start from")
         load_tensors(model, {**task.received, **task.kept})
+
+    def added_loss(self, model: PreTrainedModel, task: ClientTask) -> Callable[[], Tensor] | None:
+        """Return what is added to the model's own loss in a client's steps; by default nothing.
+
+        Called after `begin`; what it returns is called after each forward pass on a batch of the client's.
+        """
+        return None
 
     def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Return what a trained client sends, and what it keeps; runs where the client is."""

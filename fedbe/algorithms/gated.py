@@ -1,13 +1,12 @@
 """The gate: what another algorithm adds to the model is let through on the clients' domains, token by token."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.aggregation import Aggregator, HolderMean
@@ -22,6 +21,7 @@ from fedbe.evaluation.general_text import batches_of, corpus_text, own_text
 from fedbe.evaluation.next_token import pack
 from fedbe.expansion import ExportReport
 from fedbe.expansion.gate import (
+    MODULE_NAME,
     find_gate,
     gate_adapters,
     gate_features,
@@ -74,7 +74,6 @@ class Gated(Wrapper):
         self.block, self.mode, self.openness, self.weight = block, mode, openness, weight
         self.sequences, self.sequence_length = sequences, sequence_length
         self._names: tuple[str, ...] = ()
-        self._hook: RemovableHandle | None = None
         self._model: PreTrainedModel | None = None
 
     def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
@@ -107,6 +106,12 @@ class Gated(Wrapper):
         self._gate(model).standardise(self._negatives)
 
     @property
+    def shares_passes(self) -> bool:
+        """Whether clients may train in one pass: where they may without the gate."""
+        kind = type(self)
+        return kind.begin is Gated.begin and kind.finish is Gated.finish and self.algorithm.shares_passes
+
+    @property
     def trainable_names(self) -> tuple[str, ...]:
         """Exact names of the other algorithm's parameters, and of the gate's."""
         return (*self.algorithm.trainable_names, *self._names)
@@ -134,27 +139,26 @@ class Gated(Wrapper):
         return {**self.algorithm.dial(self._others(start), self._others(state), factor), **self._own(state)}
 
     def begin(self, model: PreTrainedModel, task: ClientTask) -> None:
-        """Load what a client received, and add the gate's loss to the one that the model returns."""
+        """Load what a client received, the gate with it."""
         trainable = self._without(task.trainable_names)
         super().begin(model, replace(task, received=self._others(task.received), trainable_names=trainable))
         load_tensors(model, self._own(task.received))
-        self._remove_hook()
-        gate = self._gate(model)
 
-        def add_loss(module: nn.Module, arguments: Any, output: Any) -> None:
-            if torch.is_grad_enabled() and getattr(output, "loss", None) is not None:
-                # A step sees as many of the base's own tokens as of the client's.
-                positive = gate.features
-                rows = torch.randint(len(self._negatives), (len(positive),), generator=chance).to(positive.device)
-                loss = gate_loss(gate, positive, self._negatives[rows], self.openness)
-                output.loss = output.loss + self.weight * loss
-
+    def added_loss(self, model: PreTrainedModel, task: ClientTask) -> Callable[[], Tensor]:
+        """Return the gate's loss on the batch that it has just seen."""
         chance = generator(self.seed, "gate negatives", *task.purpose)
-        self._hook = model.register_forward_hook(add_loss)
+
+        def loss() -> Tensor:
+            gate = getattr(model.base_model, MODULE_NAME)  # anew each time: in one pass it has each client's tensors
+            # A step sees as many of the base's own tokens as of the client's.
+            positive = gate.features
+            rows = torch.randint(len(self._negatives), (len(positive),), generator=chance).to(positive.device)
+            return self.weight * gate_loss(gate, positive, self._negatives[rows], self.openness)
+
+        return loss
 
     def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Return what the other algorithm sends, and the gate."""
-        self._remove_hook()
         sent, kept = self.algorithm.finish(model, replace(task, trainable_names=self._without(task.trainable_names)))
         return {**sent, **copy_tensors(model, self._names)}, kept
 
@@ -224,11 +228,6 @@ class Gated(Wrapper):
 
     def _without(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(name for name in names if name not in self._names)
-
-    def _remove_hook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
 
 class _Split:

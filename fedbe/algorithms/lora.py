@@ -154,6 +154,12 @@ class LoRA(Algorithm):
         return tuple(name for adapter in self.adapters for name in (adapter.a, adapter.b))
 
     @property
+    def shares_passes(self) -> bool:
+        """Whether clients may train in one pass: all have adapters of one rank and scale."""
+        kind = type(self)
+        return kind.begin is LoRA.begin and kind.finish is LoRA.finish and self.ranks is None
+
+    @property
     def trainable_names(self) -> tuple[str, ...]:
         """Exact names of the factors and of a new task head."""
         return (*self.factor_names, *self._head)

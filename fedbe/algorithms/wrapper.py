@@ -1,6 +1,6 @@
 """What algorithms have in common that change who trains on what, and leave to another one what is trained."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,10 @@ class Wrapper(Algorithm):
     def begin(self, model: PreTrainedModel, task: ClientTask) -> None:
         """Load what a client received, and what it kept."""
         self.algorithm.begin(model, task)
+
+    def added_loss(self, model: PreTrainedModel, task: ClientTask) -> Callable[[], Tensor] | None:
+        """Return what the other algorithm adds to a client's loss."""
+        return self.algorithm.added_loss(model, task)
 
     def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Return what a trained client sends, and what it keeps."""

@@ -163,7 +163,8 @@ def bare_client(engine: InProcessEngine, task: ClientTask) -> dict[str, Tensor]:
     optimizer = engine.optimizer(parameters)
     schedule = engine.schedule.build(optimizer, task.round_index, engine.rounds, steps)
     with engine.own_randomness(task):
-        local_steps(model, optimizer, schedule, first_batches(engine.batches(task), steps), clip)
+        added = engine.algorithm.added_loss(model, task)
+        local_steps(model, optimizer, schedule, first_batches(engine.batches(task), steps), clip, added)
     return copy_tensors(model, task.trainable_names)
 
 
@@ -173,7 +174,12 @@ def first_batches(batches: Iterable[Batch], count: int) -> Iterable[Batch]:
 
 
 def local_steps(
-    model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, batches: Iterable[Batch], clip: float | None
+    model: nn.Module,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    batches: Iterable[Batch],
+    clip: float | None,
+    added_loss: Callable[[], Tensor] | None = None,
 ) -> int:
     """Take an optimizer step on each batch with nothing but PyTorch and return the number of samples seen.
 
@@ -183,12 +189,15 @@ def local_steps(
         schedule: Stepped after each optimizer step.
         batches: The batches.
         clip: Largest norm of the gradient; ``None`` for any.
+        added_loss: What is added to the model's own loss after each forward pass; ``None`` for nothing.
     """
     options = forward_options(model)  # type: ignore[arg-type]  # a `peft` model has its base's configuration
     samples, device = 0, next(model.parameters()).device
     parameters = optimizer.param_groups[0]["params"]
     for batch in batches:
         loss = model(**{name: x.to(device) for name, x in batch.items()}, **options).loss
+        if added_loss is not None:
+            loss = loss + added_loss()
         optimizer.zero_grad()
         loss.backward()
         if clip:

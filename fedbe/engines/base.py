@@ -1,10 +1,11 @@
 """What the loop asks of the place where clients run."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from fedbe.data import Batch
 from fedbe.errors import ClientTimeoutError
 from fedbe.expansion.probe import ProbeReport
 from fedbe.prefix import PrefixReuse, Store
@@ -30,6 +31,30 @@ class Engine(Protocol):
 
     def probe(self, client_id: str) -> ProbeReport:
         """Return what a client reports of the base model (`Algorithm.probe`)."""
+        ...
+
+
+@runtime_checkable
+class PreparedEngine(Engine, Protocol):
+    """An engine that looks at the prepared model before round 1, and knows something that it takes to continue."""
+
+    def setup(self, inputs: Batch) -> None:
+        """Look at the model as it is now; called again when its structure has changed.
+
+        Args:
+            inputs: A real batch.
+
+        Raises:
+            ConfigError: Its clients cannot be trained here.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it takes to continue to the same result, as plain JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`; called after `setup`."""
         ...
 
 

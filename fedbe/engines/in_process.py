@@ -81,16 +81,15 @@ class InProcessEngine:
             objective,
             self.algorithm.watched(task.trainable_names),
             self.timeout_seconds,
+            self.algorithm.added_loss(self.model, task),
         )
         options = copy.deepcopy(dict(self.trainer)) | ({} if task.max_steps is None else {"max_steps": task.max_steps})
         with self.own_randomness(task):
             fit(L.Trainer(**QUIET, **options), client, self.batches(task))
-        metrics = {"loss": client.mean_loss, "seconds": time.perf_counter() - started}
-        metrics |= dict(zip(("first_loss", "last_loss"), client.loss_change, strict=True))
-        metrics |= {f"gradient_norm/{unit}": norm for unit, norm in client.gradient_norms.items()}
+        metrics = {"seconds": time.perf_counter() - started, **client.notes.metrics}
         extra, objective_kept = objective.finish()
         sent, kept = self.algorithm.finish(self.model, task)
-        return Update(task.client_id, sent, client.samples_seen, metrics, kept, extra, objective_kept)
+        return Update(task.client_id, sent, client.notes.samples, metrics, kept, extra, objective_kept)
 
     def store(self, reuse: PrefixReuse) -> Store:
         """Return an empty store for what frozen blocks compute."""
@@ -111,8 +110,8 @@ class InProcessEngine:
         return isolated_rng(derive_seed(self.seed, "modules", *task.purpose))
 
 
-def fit(trainer: L.Trainer, client: ClientModule, batches: DataLoader[Any]) -> None:
-    """Train a client; Ctrl-C is an interrupt of the run, where Lightning would exit the process and say nothing.
+def fit(trainer: L.Trainer, client: L.LightningModule, batches: Iterable[Any]) -> None:
+    """Train clients; Ctrl-C is an interrupt of the run, where Lightning would exit the process and say nothing.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.

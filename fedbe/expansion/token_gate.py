@@ -82,6 +82,20 @@ class TokenGate(nn.Module):
         self._mode = mode
 
     @property
+    def hidden(self) -> Tensor | None:
+        """What it saw in the last pass, [batch, sequence, h], with padding; ``None`` before the first."""
+        return self._hidden
+
+    def look_at(self, hidden: Tensor | None, padding: Tensor | None) -> None:
+        """See this, a part of the last pass, in place of all of it.
+
+        Args:
+            hidden: As in `hidden`.
+            padding: Its attention mask, [batch, sequence].
+        """
+        self._hidden, self._padding = hidden, padding
+
+    @property
     def features(self) -> Tensor:
         """The features of the last pass, which began with an empty cache: [tokens, 2h], float32, without padding."""
         if self._hidden is None:
