@@ -142,7 +142,7 @@ class DataWrapper(FederatedDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Let the other module load its data."""
-        self.data.setup(stage)
+        self.data.setup(stage)  # type: ignore[arg-type]
 
     @property
     def client_ids(self) -> Sequence[str]:

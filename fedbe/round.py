@@ -63,7 +63,7 @@ class Round:
                 self.failures.append(failure)
                 self.loop.record["failures"].append(failure.record)
                 self.loop.call("on_client_failure", task, failure)
-            del outcome  # or it would be in memory while the next client trains
+            del task, outcome  # or their tensors would be in memory while the next client trains
 
     def _tasks(self, allocation: Mapping[str, tuple[str, ...]]) -> Iterator[ClientTask]:
         loop = self.loop

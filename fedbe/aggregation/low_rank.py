@@ -15,8 +15,8 @@ def product_norm(b: Tensor, a: Tensor) -> float:
 
 
 def cut(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """Return a copy of the first `rank` rows of A (`dim` 0) or columns of B (`dim` 1)."""
-    return factor.narrow(dim, 0, rank).clone()
+    """Return the first `rank` rows of A (`dim` 0) or columns of B (`dim` 1): a copy, or the factor if that is all."""
+    return factor if factor.shape[dim] == rank else factor.narrow(dim, 0, rank).clone()
 
 
 def pad(factor: Tensor, rank: int, dim: int) -> Tensor:

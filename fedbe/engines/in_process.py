@@ -6,9 +6,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -77,7 +80,7 @@ class InProcessEngine:
             self.model,
             task.trainable_names,
             self.optimizer,
-            lambda optimizer, steps: self.schedule.build(optimizer, task.round_index, self.rounds, steps),
+            partial(self._schedule, task.round_index),  # not the task: its tensors would live as long as the module
             objective,
             self.algorithm.watched(task.trainable_names),
             self.timeout_seconds,
@@ -94,6 +97,9 @@ class InProcessEngine:
     def store(self, reuse: PrefixReuse) -> Store:
         """Return an empty store for what frozen blocks compute."""
         return reuse.store()
+
+    def _schedule(self, round_index: int, optimizer: Optimizer, steps: int) -> LambdaLR:
+        return self.schedule.build(optimizer, round_index, self.rounds, steps)
 
     def probe(self, client_id: str) -> ProbeReport:
         """Return what a client reports of the base model, weighted by all of its samples."""
