@@ -185,9 +185,13 @@ class ClientModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         """Free gradients and optimizer state now, and not when the Trainer's reference cycles are collected."""
-        self.zero_grad(set_to_none=True)
         for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()
+
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """Stay where it is: the resident model is on its device, and Lightning would look at each tensor once more."""
+        return self
 
     def cpu(self) -> Self:
         """Stay where it is: Lightning would move the resident model to the CPU after each client's fit."""

@@ -24,22 +24,25 @@ def trim_memory() -> None:
 class Trimming:
     """Gives freed memory back (`trim_memory`) between two clients when the process has grown, and not for each client.
 
-    What was given back must be fetched anew, page by page: measured on small models, that alone made a client's steps
-    a twentieth slower.
+    What was given back must be fetched anew, page by page: measured on small models, that made a client's round a
+    twentieth slower. What one client frees the next one takes, so that only what has grown since is too much.
 
     Args:
-        growth: By which factor the process may grow over what it had in use after the last time.
+        growth: By which factor the process may grow from before the first client after a trim to before any later one.
     """
 
-    def __init__(self, growth: float = 1.1) -> None:
+    def __init__(self, growth: float = 1.05) -> None:
         self.growth = growth
-        self._in_use = 0
+        self._reference: int | None = None
 
     def before_client(self) -> None:
         """Trim the memory if it has grown."""
-        if resident_bytes() > self.growth * self._in_use:
+        now = resident_bytes()
+        if self._reference is None:
+            self._reference = now
+        elif now > self.growth * self._reference:
             trim_memory()
-            self._in_use = resident_bytes()
+            self._reference = None
 
 
 def resident_bytes() -> int:

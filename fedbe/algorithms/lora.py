@@ -193,7 +193,8 @@ class LoRA(Algorithm):
     def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Return the trained factors cut to the client's rank, and the head; scale for the global model again."""
         rank = received_rank(self.adapters, task.received) or self.rank_of(task.client_id)
-        set_scaling(model, self.scaling(self.max_rank))
+        if rank != self.max_rank:
+            set_scaling(model, self.scaling(self.max_rank))
         return self.cut(copy_tensors(model, task.trainable_names), rank), {}
 
     def export(

@@ -77,7 +77,9 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
             f"lists found: {found}."
         )
     # A vision tower may be as deep as the text part: the owner's configuration decides, then the size.
-    path, _ = max(fitting, key=lambda item: (_owner_matches(model, item[0], config), _size(item[1])))
+    path = fitting[0][0]
+    if len(fitting) > 1:
+        path, _ = max(fitting, key=lambda item: (_owner_matches(model, item[0], config), _size(item[1])))
     return BlockStack(model, path, str(config.model_type))
 
 
@@ -123,7 +125,7 @@ def _states_depth(config: PreTrainedConfig, stack: BlockStack) -> bool:
 
 
 def _alike(blocks: nn.ModuleList) -> bool:
-    return len({type(block) for block in blocks}) == 1 and _size(blocks) > 0
+    return len({type(block) for block in blocks}) == 1 and next(blocks.parameters(), None) is not None
 
 
 def _size(module: nn.Module) -> int:

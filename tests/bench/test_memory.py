@@ -49,11 +49,10 @@ def test_freed_memory_is_given_back_at_once_where_that_is_asked_for():
     assert left < 16 * MIB < in_fresh_process(left_behind, False)[0]
 
 
-def test_memory_is_trimmed_when_it_has_grown_over_what_was_in_use_after_the_last_time(monkeypatch):
-    #                before, after; before; before; before, after; before
-    in_use = iter([120, 100, 104, 110, 111, 90, 98])
+def test_memory_is_trimmed_when_it_has_grown_since_the_first_client_after_a_trim(monkeypatch):
+    in_use = iter([100, 104, 106, 200, 209, 211])
     trims = []
     monkeypatch.setattr("fedbe.machine.resident_bytes", lambda: next(in_use))
     monkeypatch.setattr("fedbe.machine.trim_memory", lambda: trims.append(True))
-    trimming = Trimming(growth=1.1)
-    assert [trimming.before_client() or len(trims) for _ in range(5)] == [1, 1, 1, 2, 2]
+    trimming = Trimming(growth=1.05)
+    assert [trimming.before_client() or len(trims) for _ in range(6)] == [0, 0, 1, 1, 1, 2]
