@@ -1,4 +1,4 @@
-"""The same federation by fedbe, alone in a process: ``framework.py DIR [prefix] [paired]``.
+"""The same federation by fedbe: ``framework.py DIR [prefix] [side-by-side] [paired]``.
 
 Paired: each round is followed by the same round of the bare loop, in this process and on a model of its own.
 """
@@ -6,6 +6,7 @@ Paired: each round is followed by the same round of the bare loop, in this proce
 import json
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,8 +72,8 @@ class Beginning(FederatedCallback):
         self.began = self.began or time.monotonic()
 
 
-def configuration(case: Case, folder: Path, prefix: bool) -> dict[str, Any]:
-    """Return the run's configuration."""
+def configuration(case: Case, folder: Path, options: Collection[str]) -> dict[str, Any]:
+    """Return the run's configuration; side by side means two processes that train clients."""
     algorithm: dict[str, Any] = {
         "class_path": "fedbe.algorithms.FedIT",
         "init_args": {"rank": case.rank, "alpha": float(case.rank), "dropout": 0.0},
@@ -86,15 +87,15 @@ def configuration(case: Case, folder: Path, prefix: bool) -> dict[str, Any]:
         "algorithm": algorithm,
         "data": {"class_path": "framework.CaseData", "init_args": {"folder": str(folder)}},
         "client": {"optimizer": optimizer},
-        "federation": {"rounds": case.rounds + 1, "cohort": "all"},
+        "federation": {"rounds": case.rounds + 1, "cohort": "all", "workers": 2 if "side-by-side" in options else 1},
         "trainer": {"max_steps": case.steps, "accelerator": "cpu"},
-    } | ({"prefix": {"gib": 1.0}} if prefix else {})
+    } | ({"prefix": {"gib": 1.0}} if "prefix" in options else {})
 
 
-def started_loop(case: Case, folder: Path, output: Path, prefix: bool) -> FederatedLoop:
+def started_loop(case: Case, folder: Path, output: Path, options: Collection[str]) -> FederatedLoop:
     """Return a loop whose next call of `advance` is the first round, from the tensors from which all sides start."""
     file = output / "run.yaml"
-    file.write_text(yaml.safe_dump(configuration(case, folder, prefix)))
+    file.write_text(yaml.safe_dump(configuration(case, folder, options)))
     run, config = read_run(run_parser("fit"), [f"--config={file}", f"--output={output}/run", *UNEVALUATED])
     loop = build(run, config)
     loop.callbacks = [*without_display(loop), Beginning()]
@@ -104,15 +105,15 @@ def started_loop(case: Case, folder: Path, output: Path, prefix: bool) -> Federa
     return loop
 
 
-def measure(case: Case, folder: Path, prefix: bool = False, paired: bool = False) -> dict[str, Any]:
-    """Run a case and return what was measured: seconds of each round, and with `paired` those of the bare loop's."""
+def measure(case: Case, folder: Path, options: Collection[str] = ()) -> dict[str, Any]:
+    """Run a case and return what was measured: seconds of each round, and with ``paired`` those of the bare loop's."""
     rounds, bare = [], None
     with TemporaryDirectory() as output:
-        loop = started_loop(case, folder, Path(output), prefix)
+        loop = started_loop(case, folder, Path(output), options)
         for _ in range(case.rounds):
             seconds, _ = timed(loop.advance)
             rounds.append({"seconds": seconds})
-            if paired:
+            if "paired" in options:
                 bare = bare or BareLoop(case, folder)  # not before the first round, whose beginning is measured
                 bare_seconds, steps = timed(bare.round)
                 rounds[-1] |= {"bare": bare_seconds, "steps": steps}
@@ -124,7 +125,7 @@ def main(folder: Path, *options: str) -> None:
     """Measure a case and print the result."""
     case = Case.read(folder)
     torch.set_num_threads(case.threads)
-    print(json.dumps(measure(case, folder, "prefix" in options, "paired" in options)))
+    print(json.dumps(measure(case, folder, options)))
 
 
 if __name__ == "__main__":

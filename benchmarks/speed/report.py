@@ -28,15 +28,15 @@ def time_table(lines: Lines) -> str:
     for (case, side), found in lines.items():
         clients = found[0]["case"]["clients"]
         for name, seconds, steps in sides_of(side, rounds_of(found)):
-            rest = [a - b for a, b in zip(seconds, steps, strict=True)]
-            per_client = 1e3 * statistics.median(rest) / clients
-            rows.append([case, name, spread(seconds), spread(rest), f"{per_client:.1f}", len(seconds)])
+            rest = [a - b for a, b in zip(seconds, steps, strict=True)] if steps else []
+            beyond_steps = [spread(rest), f"{1e3 * statistics.median(rest) / clients:.1f}"] if rest else ["–", "–"]
+            rows.append([case, name, spread(seconds), *beyond_steps, len(seconds)])
     return table(["case", "side", "seconds a round", "beyond the steps", "ms a client", "rounds"], rows)
 
 
 def sides_of(side: str, rounds: Sequence[dict[str, float]]) -> list[tuple[str, list[float], list[float]]]:
-    """Return the sides measured in one process, each with the seconds of rounds and of their local steps."""
-    steps = [r["steps"] for r in rounds]
+    """Return the sides measured in one process, each with the seconds of rounds and of local steps where known."""
+    steps = [r["steps"] for r in rounds if "steps" in r]
     sides = [(side, [r["seconds"] for r in rounds], steps)]
     return sides + ([(f"bare ({side})", [r["bare"] for r in rounds], steps)] if "bare" in rounds[0] else [])
 

@@ -34,6 +34,7 @@ SIDES = {
     "bare": ("bare.py",),
     "fedbe": ("framework.py",),
     "fedbe beside bare": ("framework.py", "paired"),
+    "fedbe, side by side": ("framework.py", "side-by-side"),
     "fedbe, prefix, beside bare": ("framework.py", "paired", "prefix"),
     "Flower": ("flower.py",),
     "Flower, model kept": ("flower.py", "kept"),
@@ -63,7 +64,7 @@ class Measurement:
 def plan(quick: bool) -> list[Measurement]:
     """Return everything to measure once."""
     hundred = replace(ADAPTERS, name="adapters, 100 clients", clients=100, steps=4, rounds=2)
-    timed = [Measurement(ADAPTERS, side) for side in ("bare", "fedbe beside bare", *FLOWER)]
+    timed = [Measurement(ADAPTERS, side) for side in ("bare", "fedbe beside bare", "fedbe, side by side", *FLOWER)]
     timed += [Measurement(hundred, side) for side in ("fedbe beside bare", *FLOWER[1:])]
     timed += [Measurement(BLOCKS, side) for side in ("fedbe beside bare", "fedbe, prefix, beside bare")]
     sampled = [Measurement(LARGE, side, memory=True) for side in ("bare", "fedbe", *FLOWER)]

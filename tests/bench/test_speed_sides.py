@@ -27,7 +27,7 @@ def test_fedbe_and_the_bare_loop_come_to_the_same_tensors(tmp_path, prefix):
     kind = {"kind": "blocks", "positions": (1,)} if prefix else {"kind": "lora", "rank": 2}
     case = Case("tiny", clients=2, rounds=2, steps=2, batch_size=2, length=8, hidden=64, layers=2, **kind)
     prepare(case, tmp_path / "case")
-    result = measure(case, tmp_path / "case", prefix=prefix, paired=True)
+    result = measure(case, tmp_path / "case", ["paired", *(["prefix"] if prefix else [])])
     assert result["difference"] < 1e-6
     assert all(0 < r["steps"] < r["bare"] < 60 for r in result["rounds"])
     lines = tmp_path / "results.jsonl"
