@@ -101,8 +101,10 @@ class Federation:
             problems.append(
                 Problem(f"{key}.client_timeout_seconds", self.client_timeout_seconds, "give seconds above 0")
             )
-        if (at_once := self.clients_in_one_pass) != "auto" and (at_once < 1 or (at_once > 1 and self.workers > 1)):
-            remedy = "give 1 or more clients, or `auto`" if at_once < 1 else "clients of `workers` train alone: give 1"
+        at_once = self.clients_in_one_pass
+        too_few = at_once != "auto" and at_once < 1
+        if too_few or (at_once != 1 and self.workers > 1):
+            remedy = "give 1 or more clients, or `auto`" if too_few else "clients of `workers` train alone: give 1"
             problems.append(Problem(f"{key}.clients_in_one_pass", at_once, remedy))
         counts = {"rounds": self.rounds, "evaluate_every_n_rounds": self.evaluate_every_n_rounds}
         problems += [Problem(f"{key}.{name}", value, "give 1 or more") for name, value in counts.items() if value < 1]

@@ -166,6 +166,14 @@ class DataWrapper(FederatedDataModule):
         """Return the test data."""
         return self.data.test_dataset()
 
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the other module's validation batches."""
+        return self.data.val_dataloader()
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the other module's test batches."""
+        return self.data.test_dataloader()
+
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
         """Join samples into a batch as the other module does."""
         return self.data.collate(samples)

@@ -188,7 +188,10 @@ class CohortEngine:
         batches = engine.batches(task)
         options = {**engine.trainer} | ({} if task.max_steps is None else {"max_steps": task.max_steps})
         steps = local_steps(options, len(batches))
-        epochs = (islice(batches, epoch_batches(options, len(batches))) for _ in count())
+        per_epoch = epoch_batches(options, len(batches))
+        if per_epoch == 0:
+            raise ValueError(f"client {task.client_id!r} has no batch: trainer.limit_train_batches leaves none")
+        epochs = (islice(batches, per_epoch) for _ in count())
         taken = drawn(islice(chain.from_iterable(epochs), steps), derive_seed(engine.seed, "modules", *task.purpose))
         optimizer = engine.optimizer([tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)])
         schedule = engine.schedule.build(optimizer, task.round_index, engine.rounds, steps)

@@ -17,6 +17,7 @@ import torch
 from fedbe.engines.in_process import InProcessEngine
 from fedbe.errors import ConfigError, Problem
 from fedbe.expansion.probe import ProbeReport
+from fedbe.machine import Trimming
 from fedbe.prefix import PrefixReuse, Store
 from fedbe.update import ClientTask, Failure, FailureKind, Outcome
 
@@ -56,6 +57,7 @@ class ForkedEngine:
     clients: InProcessEngine
     workers: int
     _store: Store | None = field(default=None, init=False, repr=False)
+    _trimming: Trimming = field(default_factory=Trimming, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if problems := check_workers(self.workers, "federation.workers"):
@@ -73,6 +75,7 @@ class ForkedEngine:
     def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Outcome]]:
         """Yield each task with what came of it, in their order; all are taken before the first client begins."""
         cohort = list(tasks)
+        self._trimming.before_client()
         with self._workers(cohort) as workers:
             done: dict[int, Outcome] = {}
             begun = 0
@@ -87,14 +90,15 @@ class ForkedEngine:
 
     @contextmanager
     def _workers(self, cohort: Sequence[ClientTask]) -> Iterator[list["_Worker"]]:
-        # Garbage collection in a process would write to, and so copy, the pages of every Python object.
-        gc.freeze()
+        workers: list[_Worker] = []
         try:
-            count = min(self.workers, len(cohort))
-            workers = [_Worker(self.clients, cohort, self._store, 1 + number) for number in range(count)]
-        finally:
-            gc.unfreeze()
-        try:
+            # Garbage collection in a process would write to, and so copy, the pages of every Python object.
+            gc.freeze()
+            try:
+                for number in range(min(self.workers, len(cohort))):
+                    workers.append(_Worker(self.clients, cohort, self._store, 1 + number))
+            finally:
+                gc.unfreeze()
             yield workers
         finally:
             for worker in workers:
@@ -129,7 +133,8 @@ class _Worker:
     def begin(self, client: int) -> None:
         """Let the process train a client, given by its place in the cohort."""
         self.client, self.begun = client, time.monotonic()
-        self.connection.send(client)
+        with suppress(OSError):  # a process that is gone is noticed when its answer is received
+            self.connection.send(client)
 
     def left(self, patience: float) -> float:
         """Return how many of so many seconds the client has left, at least 0."""
@@ -158,10 +163,10 @@ class _Worker:
 
     def end(self) -> None:
         """End the process."""
-        if self.client is None:
-            self.connection.send(None)
-        else:
+        if self.client is not None:
             self.process.kill()
+        with suppress(OSError):
+            self.connection.send(None)
         self.process.join()
         self.connection.close()
 
@@ -174,11 +179,12 @@ class _Worker:
 
     def _work(self, connection: Connection) -> None:
         """Train the clients that are asked for, in the process, until it is told to end or nobody is left to ask."""
+        self.connection.close()  # the other end, which is inherited: or the death of who asks would go unnoticed
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
         torch.set_num_threads(1)
         if self.store is not None:
             self.store.join(self.part)
-        with suppress(EOFError, BrokenPipeError):
+        with suppress(EOFError, ConnectionError):
             while (client := connection.recv()) is not None:
                 outcome = self.engine.attempt(self.cohort[client])
                 if isinstance(outcome, Failure):

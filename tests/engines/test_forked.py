@@ -1,6 +1,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -162,6 +164,35 @@ def test_processes_end_with_their_round_however_it_ends(tmp_path):
     with pytest.raises(RuntimeError, match="enough"):
         loop.run()
     assert multiprocessing.active_children() == before
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """Killed, it can end nothing itself: its processes notice."""
+    program = f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from pathlib import Path
+from toy import ToyData, toy_loop
+from fedbe.engines import ForkedEngine
+
+HERE = os.getpid()
+
+class Slow(ToyData):
+    def client_dataset(self, client_id):
+        if os.getpid() != HERE:
+            os.write(1, f"{{os.getpid()}}\\n".encode())
+            time.sleep(1.0)
+        return super().client_dataset(client_id)
+
+loop = toy_loop(Path({str(tmp_path / "run")!r}), data=Slow())
+loop.engine = ForkedEngine(loop.engine, 2)
+loop.run()
+"""
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    processes = [int(run.stdout.readline()) for _ in range(2)]
+    run.kill()
+    run.communicate(timeout=60)  # until nobody is left who could write to the pipe
+    assert run.returncode == -signal.SIGKILL and len(set(processes)) == 2
 
 
 def test_frozen_weights_are_in_memory_once(tmp_path):
