@@ -26,8 +26,7 @@ BEST = "best.safetensors"
 """Name of the file with the tensors of the round that a run keeps, where it is not the last."""
 
 MAY_DIFFER = ("name", "output", "ckpt_path", "logger", "federation.workers")
-"""Keys of a configuration, each with all that is below it, that have no influence on the result
-beyond rounding."""
+"""Keys of a configuration, each with all below it, that have no influence on the result beyond rounding."""
 
 ROUNDS = "federation.rounds"
 

@@ -111,7 +111,19 @@ class StepNotes:
         return {name: value.item() for name, value in metrics.items()}
 
 
-class ClientModule(L.LightningModule):
+class ResidentModule(L.LightningModule):
+    """Base class of modules around the one resident model, which stays where it is."""
+
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        """Stay: the resident model is on its device, and Lightning would look at each tensor once more."""
+        return self
+
+    def cpu(self) -> Self:
+        """Stay: Lightning would move the resident model to the CPU after each fit."""
+        return self
+
+
+class ClientModule(ResidentModule):
     """One client's training of the shared model, with the client's freeze mask.
 
     Args:
@@ -188,11 +200,3 @@ class ClientModule(L.LightningModule):
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
             optimizer.state.clear()
-
-    def to(self, *arguments: Any, **options: Any) -> Self:
-        """Stay where it is: the resident model is on its device, and Lightning would look at each tensor once more."""
-        return self
-
-    def cpu(self) -> Self:
-        """Stay where it is: Lightning would move the resident model to the CPU after each client's fit."""
-        return self

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from fedbe.algorithms import BlockExpansion
 from fedbe.bench.overhead import difference, timed
-from fedbe.data import Batch, FederatedDataModule
+from fedbe.data import Batch, DataWrapper, FederatedDataModule
 from fedbe.engines import CohortEngine, InProcessEngine
 from fedbe.errors import ConfigError, Problem
 from fedbe.loop import FederatedLoop
@@ -53,7 +53,7 @@ class CohortGain:
 HEADER = f"{'clients':>8}{'batch':>8}{'tokens':>8}{'one by one':>14}{'one pass':>10}   {'(min – max)':<16}{'apart':>12}"
 
 
-class CutData(FederatedDataModule):
+class CutData(DataWrapper):
     """Another module's training data in batches of another size, its sequences cut.
 
     Args:
@@ -63,26 +63,12 @@ class CutData(FederatedDataModule):
     """
 
     def __init__(self, data: FederatedDataModule, batch_size: int, length: int) -> None:
-        super().__init__(batch_size)
-        self.data, self.length = data, length
-        self.collate = data.collate  # type: ignore[method-assign]
-
-    @property
-    def client_ids(self) -> Sequence[str]:
-        """The other module's clients."""
-        return self.data.client_ids
+        super().__init__(data)
+        self.batch_size, self.length = batch_size, length
 
     def client_dataset(self, client_id: str) -> Dataset[Any]:
         """Return a client's samples, cut."""
         return _Cut(self.data.client_dataset(client_id), self.length)
-
-    def validation_dataset(self) -> Dataset[Any]:
-        """Return the other module's."""
-        return self.data.validation_dataset()
-
-    def test_dataset(self) -> Dataset[Any]:
-        """Return the other module's."""
-        return self.data.test_dataset()
 
 
 class _Cut(Dataset[Any]):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fedbe.algorithms.base import Algorithm
-from fedbe.client import StepNotes
+from fedbe.client import ResidentModule, StepNotes
 from fedbe.data import Batch
 from fedbe.engines.in_process import InProcessEngine, fit
 from fedbe.engines.one_pass import OnePass, OnePassError
@@ -251,7 +251,7 @@ class Steps:
             yield {index: next(p.batches) for index, p in enumerate(self.participants) if step < p.steps}
 
 
-class CohortModule(L.LightningModule):
+class CohortModule(ResidentModule):
     """The local training of several clients, step by step in one pass of the shared model.
 
     Args:
@@ -301,10 +301,6 @@ class CohortModule(L.LightningModule):
         """Free optimizer state now, and not when the Trainer's reference cycles are collected."""
         for participant in self._participants:
             participant.optimizer.state.clear()
-
-    def cpu(self) -> Self:
-        """Stay where it is: Lightning would move the resident model to the CPU after each fit."""
-        return self
 
 
 def drawn(items: Iterator[T], seed: int) -> Iterator[T]:
