@@ -143,20 +143,21 @@ class FederatedLoop:
             checkpoint: Where to go on; ``None`` to begin.
 
         Raises:
-            ConfigError: The checkpoint is of another run, or the run's folder is taken.
+            ConfigError: The checkpoint is of another run, or the run's folder is taken or in use.
             QuorumError: Too many clients of a round failed.
             KeyboardInterrupt: `interrupted` was set; the run can be continued.
         """
         self._started = time.perf_counter()
         try:
             self.setup()
-            if checkpoint is None:
-                self.on_run_start()
-            else:
-                self.resume(checkpoint)
-            while not self.done:
-                self.advance()
-            self.on_run_end()
+            with self.folder.in_use():
+                if checkpoint is None:
+                    self.on_run_start()
+                else:
+                    self.resume(checkpoint)
+                while not self.done:
+                    self.advance()
+                self.on_run_end()
         except BaseException as exception:
             self.call("on_exception", exception)
             raise

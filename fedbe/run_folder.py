@@ -4,15 +4,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from fedbe.errors import ConfigError, Problem
 from fedbe.files import replacing
+
+_LOCK = ".lock"
+_LOCK_SECONDS = 10.0
+"""How long to wait for a folder's last user: processes of a run that was killed notice that within seconds."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,31 @@ class RunFolder:
         for directory in (self.plots, self.checkpoints):
             directory.mkdir(exist_ok=True)
 
+    @contextmanager
+    def in_use(self, wait_seconds: float = _LOCK_SECONDS) -> Iterator[None]:
+        """Keep other processes from running here until the block ends; a process that dies keeps nobody out.
+
+        Args:
+            wait_seconds: How long to wait for another process to end.
+
+        Raises:
+            ConfigError: Another process runs here, or the folder cannot be created.
+        """
+        lock = FileLock(self.path / _LOCK, timeout=wait_seconds)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with suppress(NotImplementedError):  # a file system without locks
+                lock.acquire()
+        except Timeout as error:
+            remedy = "another process is running there: wait for its end, or give another folder"
+            raise ConfigError(Problem("output", str(self.path), remedy)) from error
+        except OSError as error:
+            raise ConfigError(Problem("output", str(self.path), f"cannot be written to: {error}")) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     @property
     def _only_begun(self) -> bool:
         return (
@@ -54,7 +84,7 @@ class RunFolder:
     @staticmethod
     def problem(path: Path) -> Problem | None:
         """Return why `path` cannot become a run's folder, or ``None``."""
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(inside.name != _LOCK for inside in path.iterdir()):
             return Problem("output", str(path), "the folder exists and is not empty: give another, or move it away")
         if path.exists() and not path.is_dir():
             return Problem("output", str(path), "a file stands there: give another folder")

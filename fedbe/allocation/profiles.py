@@ -79,9 +79,10 @@ DEVICES: Mapping[str, Profile] = {
 """Edge boards by name, in float32.
 
 Memory, CUDA cores and clocks of the Jetsons are those of NVIDIA's data sheets of each module (a core does one fused
-multiply-add, 2 FLOPs, a cycle; the Orin Nano's clock is the one before its 2024 update). The Raspberry Pis: four
-Cortex-A76 at 2.4 GHz, two 128-bit multiply-adds (16 FLOPs) a cycle, and four Cortex-A72 at 1.8 GHz with 8 FLOPs, as in
-the Raspberry Pi documentation and Arm's optimisation guides.
+multiply-add, 2 FLOPs, a cycle; the Orin Nano's clock is the one before its 2024 update). The AGX Orin comes to the 5.3
+TFLOP/s that NVIDIA's technical brief of its series prints. The Raspberry Pis: four Cortex-A76 at 2.4 GHz, two 128-bit
+multiply-adds (16 FLOPs) a cycle, and four Cortex-A72 at 1.8 GHz with 8 FLOPs, as in the Raspberry Pi documentation and
+Arm's optimisation guides.
 """
 
 FLEETS: Mapping[str, Mapping[str, float]] = {

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Protocol
 
 import yaml
 
+from fedbe.checkpoint import Checkpoints, read_checkpoint
+from fedbe.errors import ConfigError
 from fedbe.evaluation.dial import recorded_points
 from fedbe.run_folder import RunFolder
 
@@ -68,11 +70,22 @@ class Job:
         except (OSError, yaml.YAMLError):
             return False
 
+    @property
+    def continuable(self) -> bool:
+        """Whether what is there can go on: with this configuration, from a checkpoint that is whole, or from none."""
+        folder = RunFolder(self.folder)
+        if not (self.begun and folder.config.is_file()):
+            return False
+        newest = next(Checkpoints(folder.checkpoints).newest_first(), None)
+        try:
+            return newest is None or read_checkpoint(newest) is not None
+        except ConfigError:
+            return False
+
     def make_room(self) -> None:
-        """Set aside what is no run of this configuration that could go on, and write the configuration."""
+        """Set aside what is there and cannot go on, and write the configuration."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        goes_on = self.begun and RunFolder(self.folder).config.is_file()
-        if self.folder.exists() and not goes_on:
+        if self.folder.exists() and not self.continuable:
             aside = self.folder.parent / "set_aside"
             aside.mkdir(exist_ok=True)
             place = RunFolder.next_free(aside, self.folder.name)

@@ -21,7 +21,8 @@ class Engine(Protocol):
         A client that raises, takes too long or runs out of memory is a `Failure` and ends nothing but its own round.
 
         Args:
-            tasks: One for each client of the cohort, taken from the iterable only when its client begins.
+            tasks: One for each client of the cohort. An engine that trains one client at a time takes each from the
+                iterable when that client begins; one that trains several may take as many ahead.
         """
         ...
 

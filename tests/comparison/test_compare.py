@@ -140,6 +140,18 @@ def test_changed_runs_are_set_aside_and_run_anew_and_interrupted_ones_go_on(conf
     assert before["algorithm"]["init_args"]["positions"] == [0]
 
 
+def test_an_interrupted_run_with_a_damaged_checkpoint_is_set_aside_and_begun_anew(config, read, tmp_path):
+    config |= {"learning_rates": [0.01], "seeds": [0]}
+    compare(read(config), Starter(), list.append.__get__([]))
+    run = tmp_path / "out" / "runs" / "one_block-0.01-0"
+    (run / "summary.json").unlink()
+    newest = max((run / "checkpoints").glob("round_*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-9])
+    _, failures = compare(read(config), Starter(), list.append.__get__([]))
+    assert not failures and (run / "summary.json").exists()
+    assert (run.parent / "set_aside" / run.name / "checkpoints" / newest.name).exists()
+
+
 def test_a_failing_arm_does_not_end_the_rest_and_is_tried_again(config, read, tmp_path):
     config |= {"seeds": [0]}
     comparison, failures = compare(read(config), Starter(broken=["one block"]), list.append.__get__([]))

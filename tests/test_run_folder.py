@@ -1,0 +1,47 @@
+"""A run's folder belongs to one process at a time."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fedbe.errors import ConfigError
+from fedbe.run_folder import RunFolder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fedbe.run_folder import RunFolder
+with RunFolder(Path(sys.argv[1])).in_use():
+    print("here", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"here\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_process_is_kept_out_and_a_killed_one_keeps_nobody_out(tmp_path, holder):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ConfigError, match="another process is running there"), folder.in_use(wait_seconds=0.1):
+        pass
+    holder.kill()
+    with folder.in_use():
+        pass
+
+
+def test_a_folder_that_was_only_held_is_still_empty_for_a_new_run(tmp_path):
+    folder = RunFolder(tmp_path)
+    with folder.in_use():
+        folder.create({"seed": 0})
+    assert RunFolder.problem(tmp_path) is not None
+    other = RunFolder(tmp_path / "other")
+    with other.in_use():
+        pass
+    assert RunFolder.problem(other.path) is None
