@@ -3,11 +3,11 @@
 from collections.abc import Collection
 
 from fedbe.callback import FederatedCallback
-from fedbe.checkpoint import Checkpoints
 from fedbe.errors import Problem
 from fedbe.evaluation.tasks import check_at_least
-from fedbe.kept_outcomes import KeptOutcomes
 from fedbe.loop import FederatedLoop
+from fedbe.storage.checkpoint import Checkpoints
+from fedbe.storage.kept_outcomes import KeptOutcomes
 
 
 class CheckpointCallback(FederatedCallback):

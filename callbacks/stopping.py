@@ -5,11 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedbe.callback import FederatedCallback
-from fedbe.checkpoint import BEST, load_tensors, save_tensors
 from fedbe.errors import FedBEError, Problem
 from fedbe.evaluation.tasks import check_at_least
 from fedbe.loop import FederatedLoop
 from fedbe.records import Mode, better, check_monitor, metric_value
+from fedbe.storage.checkpoint import BEST, load_tensors, save_tensors
 
 
 def without_improvement(values: Sequence[float], mode: Mode, min_delta: float = 0.0) -> int:

@@ -157,7 +157,7 @@ def export_command(arguments: Sequence[str]) -> None:
     from fedbe.dial import chosen_factor, export_run
     from fedbe.expansion import rescale
     from fedbe.expansion.export import DESCRIPTION_FILE
-    from fedbe.run_folder import RunFolder
+    from fedbe.storage.run_folder import RunFolder
 
     parser = ArgumentParser(prog="fedbe export", description=export_command.__doc__, exit_on_error=False)
     parser.add_argument("run", type=Path, help="A run's folder, or a model folder with expanded blocks.")

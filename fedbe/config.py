@@ -14,7 +14,6 @@ from fedbe.aggregation import Averaging, Mean, SampleWeighted, ServerOptimizer
 from fedbe.algorithms import Algorithm, BlockExpansion
 from fedbe.allocation import SimulatedClock
 from fedbe.callback import FederatedCallback
-from fedbe.checkpoint import LAST, Checkpoint, Checkpoints, read_checkpoint
 from fedbe.client import OptimizerFactory, Schedule
 from fedbe.cohort import cohort_count
 from fedbe.data import FederatedDataModule
@@ -27,7 +26,8 @@ from fedbe.objectives import Objective, Plain
 from fedbe.prefix import PrefixReuse
 from fedbe.quorum import Quorum
 from fedbe.records import metric_paths
-from fedbe.run_folder import RunFolder
+from fedbe.storage.checkpoint import LAST, Checkpoint, Checkpoints, read_checkpoint
+from fedbe.storage.run_folder import RunFolder
 from fedbe.trainer import check_trainer, trainer_options
 
 

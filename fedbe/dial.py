@@ -22,7 +22,7 @@ from fedbe.evaluation.tasks import RESERVED_NAME
 from fedbe.expansion import ExportReport
 from fedbe.expansion.expand import check_dial
 from fedbe.finished_run import FinishedRun, read_summary
-from fedbe.run_folder import RunFolder
+from fedbe.storage.run_folder import RunFolder
 
 FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -11,14 +11,14 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedbe.checkpoint import BEST, Checkpoints, load_tensors
 from fedbe.config import RunConfig
 from fedbe.errors import ConfigError, Problem
 from fedbe.fit import build
 from fedbe.loop import FederatedLoop
 from fedbe.objectives import Plain
-from fedbe.run_folder import RunFolder
 from fedbe.run_parser import read_run, run_parser
+from fedbe.storage.checkpoint import BEST, Checkpoints, load_tensors
+from fedbe.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from fedbe.algorithms import PooledData
 from fedbe.callback import FederatedCallback
-from fedbe.checkpoint import Checkpoint, check_same_run
 from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.config import RunConfig
 from fedbe.data import FederatedDataModule
 from fedbe.engines import CohortEngine, Engine, ForkedEngine, InProcessEngine
 from fedbe.errors import ConfigError, Problem
 from fedbe.loop import FederatedLoop
-from fedbe.run_folder import RunFolder
 from fedbe.seeding import derive_seed, isolated_rng
 from fedbe.simulation import capabilities_of
+from fedbe.storage.checkpoint import Checkpoint, check_same_run
+from fedbe.storage.run_folder import RunFolder
 from fedbe.trainer import QUIET, trainer_options
 
 STANDARD_CALLBACKS = (

@@ -17,23 +17,23 @@ from transformers import PreTrainedModel
 from fedbe.aggregation import Aggregator, Averaging, Mean, SampleWeighted, ServerOptimizer
 from fedbe.algorithms.base import Algorithm
 from fedbe.allocation import Capabilities
+from fedbe.allocation.timing import RoundTiming
 from fedbe.callback import FederatedCallback
-from fedbe.checkpoint import Checkpoint, check_same_base, check_same_run, checksum, fingerprint, influential
 from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.data import Batch, FederatedDataModule
 from fedbe.engines.base import Engine, PreparedEngine
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.evaluation.personalised import summarise_clients
 from fedbe.evaluation.tasks import GeneralTask
-from fedbe.kept_outcomes import KeptOutcomes
 from fedbe.machine import peak_rss_bytes, versions
-from fedbe.metrics_file import MetricsFile
 from fedbe.objectives import Objective
 from fedbe.prefix import Prefix, PrefixReuse, reuse_prefix
 from fedbe.quorum import Quorum
 from fedbe.round import Round
-from fedbe.run_folder import RunFolder
-from fedbe.timing import RoundTiming
+from fedbe.storage.checkpoint import Checkpoint, check_same_base, check_same_run, checksum, fingerprint, influential
+from fedbe.storage.kept_outcomes import KeptOutcomes
+from fedbe.storage.metrics_file import MetricsFile
+from fedbe.storage.run_folder import RunFolder
 from fedbe.update import ClientTask, Update, copy_tensors, load_tensors
 
 

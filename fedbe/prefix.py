@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedbe.checkpoint import raw
 from fedbe.errors import ConfigError, ExpansionError, Problem
 from fedbe.evaluation.scoring import evaluation_mode
 from fedbe.expansion import head_parameter_names, stack_parameter_names
 from fedbe.expansion.architecture import find_blocks
 from fedbe.expansion.gate import find_gate, gate_parameter_names
 from fedbe.models import forward_options
+from fedbe.storage.checkpoint import raw
 
 KEY = "prefix"
 _BY_TOKEN = ("input_ids", "position_ids", "token_type_ids")

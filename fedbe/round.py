@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fedbe.aggregation import Aggregator, check_extra
+from fedbe.allocation.timing import RoundTiming
 from fedbe.errors import QuorumError, UpdateError
-from fedbe.timing import RoundTiming
 from fedbe.update import ClientTask, Failure, Outcome, Update
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def test_a_run_leaves_what_the_documentation_lists(config, tmp_path, capsys):
     assert run(config, tmp_path) == 0
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "model", "plots",
+        "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "model", "plots", ".lock",
     }  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert {

@@ -9,14 +9,14 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedbe.algorithms import BlockExpansion
-from fedbe.checkpoint import Checkpoints, read_checkpoint
 from fedbe.client import Schedule
 from fedbe.cohort import CohortSampler
 from fedbe.data import FederatedDataModule
 from fedbe.engines import InProcessEngine
 from fedbe.loop import FederatedLoop
-from fedbe.run_folder import RunFolder
 from fedbe.seeding import generator
+from fedbe.storage.checkpoint import Checkpoints, read_checkpoint
+from fedbe.storage.run_folder import RunFolder
 
 VOCABULARY = 32
 

@@ -13,7 +13,7 @@ from fedbe.comparison.report import page
 from fedbe.comparison.results import RunResult, read_run_result, read_runs, write_csv
 from fedbe.comparison.summary import Comparison
 from fedbe.errors import ConfigError, FedBEError
-from fedbe.run_folder import RunFolder
+from fedbe.storage.run_folder import RunFolder
 
 _RECORD = "comparison.yaml"
 

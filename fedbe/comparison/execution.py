@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Protocol
 
 import yaml
 
-from fedbe.checkpoint import Checkpoints, read_checkpoint
 from fedbe.errors import ConfigError
 from fedbe.evaluation.dial import recorded_points
-from fedbe.run_folder import RunFolder
+from fedbe.storage.checkpoint import Checkpoints, read_checkpoint
+from fedbe.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fedbe.errors import ConfigError, Problem
 from fedbe.evaluation.convergence import Point, curve, first_reaching
 from fedbe.evaluation.dial import DialPoint, recorded_points
 from fedbe.evaluation.tasks import RESERVED_NAME
-from fedbe.run_folder import RunFolder
+from fedbe.storage.run_folder import RunFolder
 
 _OF_ONE_RUN = ("seed", "name", "output", "logger")
 

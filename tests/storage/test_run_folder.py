@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from fedbe.errors import ConfigError
-from fedbe.run_folder import RunFolder
+from fedbe.storage.run_folder import RunFolder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fedbe.run_folder import RunFolder
+from fedbe.storage.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1])).in_use():
     print("here", flush=True)
     time.sleep(600)

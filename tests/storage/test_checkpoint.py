@@ -12,14 +12,14 @@ import yaml
 from test_cli import config, run  # noqa: F401
 from toy import resumed, tiny_llama, toy_loop
 
-import fedbe.checkpoint
+import fedbe.storage.checkpoint
 from fedbe.callback import FederatedCallback
 from fedbe.callbacks import CheckpointCallback
-from fedbe.checkpoint import Checkpoints, load_tensors, read_checkpoint, save_tensors
 from fedbe.errors import ConfigError, FedBEError
-from fedbe.files import replacing
 from fedbe.fit import stopping_on_interrupt
-from fedbe.metrics_file import MetricsFile
+from fedbe.storage.checkpoint import Checkpoints, load_tensors, read_checkpoint, save_tensors
+from fedbe.storage.files import replacing
+from fedbe.storage.metrics_file import MetricsFile
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -67,7 +67,7 @@ def test_only_the_newest_are_kept_in_the_order_of_rounds(tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatch):
     loop = toy_loop(tmp_path / "run", rounds=3, callbacks=[CheckpointCallback()])
-    original = fedbe.checkpoint.save_file
+    original = fedbe.storage.checkpoint.save_file
 
     def full(tensors, path, metadata):
         if loop.progress.completed == 2:
@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         original(tensors, path, metadata)
 
-    monkeypatch.setattr(fedbe.checkpoint, "save_file", full)
+    monkeypatch.setattr(fedbe.storage.checkpoint, "save_file", full)
     with pytest.raises(FedBEError, match=r"round 2 cannot be written, the disk is full; .*round_000001.* is intact"):
         loop.run()
     names = sorted(path.name for path in loop.folder.checkpoints.iterdir())
@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_a_file_system_that_is_full_indeed_is_told_as_that(tmp_path):
     program = (
-        "import resource, signal, torch, pathlib; from fedbe.checkpoint import Checkpoints\n"
+        "import resource, signal, torch, pathlib; from fedbe.storage.checkpoint import Checkpoints\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"c = Checkpoints(pathlib.Path({str(tmp_path)!r})); c.save(1, {{'a': torch.zeros(10)}}, {{}})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
@@ -268,7 +268,7 @@ def test_last_does_not_write_into_a_folder_of_something_else(config, tmp_path, c
 
 
 def test_the_newest_of_numbered_runs_is_continued(tmp_path, monkeypatch):
-    from fedbe.run_folder import RunFolder
+    from fedbe.storage.run_folder import RunFolder
 
     assert RunFolder.latest(tmp_path, "run") is None
     for name in ("run", "run-2", "run-3"):

@@ -7,8 +7,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fedbe.checkpoint import load_tensors, save_tensors
 from fedbe.seeding import derive_seed
+from fedbe.storage.checkpoint import load_tensors, save_tensors
 from fedbe.update import ClientTask, Failure, Outcome, Update
 
 _PARTS = ("tensors", "kept", "extra", "objective_kept")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedbe.errors import ConfigError, FedBEError, Problem
-from fedbe.files import replacing
+from fedbe.storage.files import replacing
 
 LAST = "last"
 """What to give for the newest checkpoint of a run."""

@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fedbe.errors import ConfigError, Problem
-from fedbe.files import replacing
+from fedbe.storage.files import replacing
 
 _LOCK = ".lock"
 _LOCK_SECONDS = 10.0

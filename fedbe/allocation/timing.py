@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fedbe.allocation import Capabilities
+from fedbe.allocation.capabilities import Capabilities
 from fedbe.update import ClientTask, Update
 
 
