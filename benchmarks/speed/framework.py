@@ -1,6 +1,7 @@
 """The same federation by fedbe: ``framework.py DIR [prefix] [side-by-side] [paired]``.
 
-Paired: each round is followed by the same round of the bare loop, in this process and on a model of its own.
+Paired: beside each round there is the same round of the bare loop, in this process and on a model of its own; they take
+turns in who is first, so that a machine that becomes slower or quicker favours neither.
 """
 
 import json
@@ -110,13 +111,15 @@ def measure(case: Case, folder: Path, options: Collection[str] = ()) -> dict[str
     rounds, bare = [], None
     with TemporaryDirectory() as output:
         loop = started_loop(case, folder, Path(output), options)
-        for _ in range(case.rounds):
-            seconds, _ = timed(loop.advance)
-            rounds.append({"seconds": seconds})
-            if "paired" in options:
+        for number in range(case.rounds):
+            found: dict[str, float] = {}
+            if bare and number % 2:
+                found["bare"], found["steps"] = timed(bare.round)
+            found["seconds"], _ = timed(loop.advance)
+            if "paired" in options and not number % 2:
                 bare = bare or BareLoop(case, folder)  # not before the first round, whose beginning is measured
-                bare_seconds, steps = timed(bare.round)
-                rounds[-1] |= {"bare": bare_seconds, "steps": steps}
+                found["bare"], found["steps"] = timed(bare.round)
+            rounds.append(found)
     began = next(callback.began for callback in loop.callbacks if isinstance(callback, Beginning))
     return {"rounds": rounds, "began": began} | ({"difference": difference(bare.state, loop.state)} if bare else {})
 

@@ -41,8 +41,8 @@ SIDES = {
     "Flower, model kept, side by side": ("flower.py", "kept", "side-by-side"),
 }
 FLOWER = tuple(side for side in SIDES if side.startswith("Flower"))
-ADAPTERS = Case("adapters, 10 clients", steps=10, rounds=3)
-BLOCKS = Case("upper blocks, 10 clients", kind="blocks", layers=12, positions=(8, 10), steps=6)
+ADAPTERS = Case("adapters, 10 clients", steps=10, rounds=7)
+BLOCKS = Case("upper blocks, 10 clients", kind="blocks", layers=12, positions=(8, 10), steps=6, rounds=7)
 LARGE = Case("64 MB, 10 clients", hidden=512, layers=8, rank=203, steps=2, length=32, rounds=2)
 
 
@@ -63,11 +63,11 @@ class Measurement:
 
 def plan(quick: bool) -> list[Measurement]:
     """Return everything to measure once."""
-    hundred = replace(ADAPTERS, name="adapters, 100 clients", clients=100, steps=4, rounds=2)
+    hundred = replace(ADAPTERS, name="adapters, 100 clients", clients=100, steps=4, rounds=3)
     timed = [Measurement(ADAPTERS, side) for side in ("bare", "fedbe beside bare", "fedbe, side by side", *FLOWER)]
     timed += [Measurement(hundred, side) for side in ("fedbe beside bare", *FLOWER[1:])]
     timed += [Measurement(BLOCKS, side) for side in ("fedbe beside bare", "fedbe, prefix, beside bare")]
-    sampled = [Measurement(LARGE, side, memory=True) for side in ("bare", "fedbe", *FLOWER)]
+    sampled = [Measurement(LARGE, side, memory=True) for side in ("bare", "fedbe", "fedbe, side by side", *FLOWER)]
     whole = [*timed, *sampled]
     return [replace(m, case=smaller(m.case)) for m in whole] if quick else whole
 

@@ -1,6 +1,6 @@
 """Which parameters train: names taken from the inserted modules, freeze masks, and training modes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -89,21 +89,27 @@ def set_training_modes(model: PreTrainedModel, trainable_names: Iterable[str]) -
     names = _known(model, parameters, trainable_names)
     if hf_checkpointing_enabled(model):
         enable_gradient_checkpointing(model)
-    model.train(False)
-    if len(names) == len(parameters):
-        model.train()
-        return
-    trained = {id(parameters[name]) for name in names}
+    training = _in_training(model, {id(parameters[name]) for name in names}, len(names) == len(parameters))
+    for module in model.modules():  # each before those inside it, which follow it until it is their turn
+        if module.training != (module in training):
+            module.train(module in training)
+
+
+def _in_training(model: PreTrainedModel, trained: Set[int], everything: bool) -> set[nn.Module]:
+    """Return the modules that are in training mode when the parameters of these identities train."""
+    if everything:
+        return set(model.modules())
+    training: set[nn.Module] = set()
     elsewhere = set(trained)
     for unit in _units(model):
         own = {id(parameter) for module in unit for parameter in module.parameters()}
         elsewhere -= own
         if own & trained:
-            for module in unit:
-                module.train()
+            training.update(part for module in unit for part in module.modules())
     for module in model.modules() if elsewhere else ():
         if any(id(parameter) in elsewhere for parameter in module.parameters(recurse=False)):
-            module.training = True
+            training.add(module)
+    return training
 
 
 def _units(model: PreTrainedModel) -> list[list[nn.Module]]:
