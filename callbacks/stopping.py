@@ -95,6 +95,8 @@ class KeepBest(FederatedCallback):
         mode: ``max`` if more is better, ``min`` if less is.
     """
 
+    restores_rounds = True
+
     def __init__(self, monitor: str = "downstream/accuracy", mode: Mode = "max") -> None:
         self.monitor = monitor
         self.mode = mode

@@ -19,7 +19,12 @@ class FederatedCallback:
 
     Callbacks of the clients' own training (per batch, per optimizer step) are ordinary `lightning.Callback`s under
     ``trainer.callbacks``.
+
+    Attributes:
+        restores_rounds: Whether it may go back to an earlier round's tensors, which a model that grows cannot.
     """
+
+    restores_rounds: bool = False
 
     def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
         """Return the mistakes in this callback's configuration, found before work starts.

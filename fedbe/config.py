@@ -298,6 +298,9 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     metrics = metric_paths([task.name for task in sections["general_tasks"]])
     for index, callback in enumerate(sections["callbacks"]):
         problems += callback.check(f"callbacks[{index}].init_args", metrics)
+        if callback.restores_rounds and sections["algorithm"].grows:
+            remedy = "goes back to an earlier round, which a model that grows cannot: leave the plateau out, or this"
+            problems.append(Problem(f"callbacks[{index}]", type(callback).__name__, remedy))
     if sections["logger"] == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         problems.append(Problem("logger", "tensorboard", "is not installed: pip install 'fedbe[tensorboard]'"))
     begins = sections["output"] and not sections.get("ckpt_path")

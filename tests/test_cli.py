@@ -222,6 +222,14 @@ def test_keeping_the_largest_loss_is_refused(config, tmp_path, capsys):
     assert "less of downstream/loss is better" in capsys.readouterr().err
 
 
+def test_keeping_the_best_round_of_a_model_that_grows_is_refused(config, tmp_path, capsys):
+    plateau = {"class_path": "fedbe.expansion.Plateau"}
+    config["algorithm"] = {"class_path": "fedbe.algorithms.FedBE", "init_args": {"plateau": plateau}}
+    config["callbacks"] = [{"class_path": "fedbe.callbacks.KeepBest"}]
+    assert run(config, tmp_path) == 2
+    assert "callbacks[0]" in (errors := capsys.readouterr().err) and "a model that grows cannot" in errors
+
+
 def test_a_general_task_longer_than_the_model_takes_is_refused(config, tmp_path, capsys):
     config["general_tasks"][0]["init_args"]["sequence_length"] = 300
     assert run(config, tmp_path) == 2

@@ -108,6 +108,11 @@ class Algorithm(ABC):
         """Return why the last allocation is what it is, as plain JSON values; by default nothing."""
         return {}
 
+    @property
+    def grows(self) -> bool:
+        """Whether `grow` may change the model in this configuration; by default never."""
+        return False
+
     def grow(self, model: PreTrainedModel, inputs: Batch, record: Mapping[str, Any]) -> Mapping[str, str] | None:
         """Change the resident model's structure after a round, but none of its outputs; by default nothing changes.
 

@@ -164,6 +164,11 @@ class FedBE(BlockExpansion):
         first, last = update.metrics.get("first_loss"), update.metrics.get("last_loss")
         self.score.observe(task.client_id, norms, first, last, task.round_index)
 
+    @property
+    def grows(self) -> bool:
+        """Whether blocks are added on a plateau."""
+        return self.plateau is not None
+
     def grow(self, model: PreTrainedModel, inputs: Batch, record: Mapping[str, Any]) -> Mapping[str, str] | None:
         """Insert the next best block when the downstream score has stopped rising."""
         downstream = record["downstream"]

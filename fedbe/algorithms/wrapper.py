@@ -100,6 +100,11 @@ class Wrapper(Algorithm):
         """Take in what a client's update says besides its tensors."""
         self.algorithm.observe(task, update)
 
+    @property
+    def grows(self) -> bool:
+        """Whether the model's structure may change after a round."""
+        return self.algorithm.grows
+
     def grow(self, model: PreTrainedModel, inputs: Batch, record: Mapping[str, Any]) -> Mapping[str, str] | None:
         """Change the resident model's structure after a round, but none of its outputs."""
         return self.algorithm.grow(model, inputs, record)
