@@ -78,9 +78,11 @@ class Job:
             return False
         newest = next(Checkpoints(folder.checkpoints).newest_first(), None)
         try:
-            return newest is None or read_checkpoint(newest) is not None
+            if newest is not None:
+                read_checkpoint(newest)
         except ConfigError:
             return False
+        return True
 
     def make_room(self) -> None:
         """Set aside what is there and cannot go on, and write the configuration."""

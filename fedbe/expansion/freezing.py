@@ -89,16 +89,15 @@ def set_training_modes(model: PreTrainedModel, trainable_names: Iterable[str]) -
     names = _known(model, parameters, trainable_names)
     if hf_checkpointing_enabled(model):
         enable_gradient_checkpointing(model)
-    training = _in_training(model, {id(parameters[name]) for name in names}, len(names) == len(parameters))
+    everything = len(names) == len(parameters)
+    training = set(model.modules()) if everything else _in_training(model, {id(parameters[name]) for name in names})
     for module in model.modules():  # each before those inside it, which follow it until it is their turn
         if module.training != (module in training):
             module.train(module in training)
 
 
-def _in_training(model: PreTrainedModel, trained: Set[int], everything: bool) -> set[nn.Module]:
+def _in_training(model: PreTrainedModel, trained: Set[int]) -> set[nn.Module]:
     """Return the modules that are in training mode when the parameters of these identities train."""
-    if everything:
-        return set(model.modules())
     training: set[nn.Module] = set()
     elsewhere = set(trained)
     for unit in _units(model):
