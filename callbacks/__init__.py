@@ -8,10 +8,10 @@ from fedbe.callbacks.guard import RollbackGuard
 from fedbe.callbacks.logging import LoggingCallback
 from fedbe.callbacks.plots import PlotCallback
 from fedbe.callbacks.progress import ProgressCallback
-from fedbe.callbacks.report import summary_table
 from fedbe.callbacks.retention import RetentionCallback
 from fedbe.callbacks.stopping import EarlyStopping, KeepBest
-from fedbe.records import metric_value
+from fedbe.federation.record import metric_value
+from fedbe.figures.tables import summary_table
 
 __all__ = [
     "CheckpointCallback",

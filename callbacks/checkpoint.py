@@ -2,10 +2,9 @@
 
 from collections.abc import Collection
 
-from fedbe.callback import FederatedCallback
-from fedbe.errors import Problem
-from fedbe.evaluation.tasks import check_at_least
-from fedbe.loop import FederatedLoop
+from fedbe.errors import Problem, check_at_least
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
 from fedbe.storage.checkpoint import Checkpoints
 from fedbe.storage.kept_outcomes import KeptOutcomes
 

@@ -1,8 +1,8 @@
 """What travels between server and clients."""
 
-from fedbe.callback import FederatedCallback
-from fedbe.loop import FederatedLoop
-from fedbe.update import ClientTask, Update
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
+from fedbe.messages import ClientTask, Update
 
 
 class CommunicationCallback(FederatedCallback):

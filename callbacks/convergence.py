@@ -3,10 +3,10 @@
 from collections.abc import Collection
 from dataclasses import asdict
 
-from fedbe.callback import FederatedCallback
 from fedbe.errors import Problem
 from fedbe.evaluation.convergence import Point, best, curve, first_reaching, level_of_gain, mean_accuracy
-from fedbe.loop import FederatedLoop
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
 
 _SHARE = 0.9
 

@@ -7,11 +7,11 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
-from fedbe.callback import FederatedCallback
 from fedbe.errors import Problem
-from fedbe.loop import FederatedLoop
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
+from fedbe.messages import ClientTask, Failure, FailureKind, Outcome, Update
 from fedbe.seeding import generator
-from fedbe.update import ClientTask, Failure, FailureKind, Outcome, Update
 
 Corruption = Callable[[Update, Mapping[str, Tensor], float, torch.Generator], Update]
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedbe.callback import FederatedCallback
-from fedbe.errors import Problem
-from fedbe.evaluation.tasks import check_at_least
-from fedbe.loop import FederatedLoop
+from fedbe.errors import Problem, check_at_least
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
 
 
 class RollbackGuard(FederatedCallback):

@@ -5,12 +5,11 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
-from fedbe.callback import FederatedCallback
-from fedbe.errors import Problem
-from fedbe.evaluation.tasks import check_at_least
-from fedbe.loop import FederatedLoop
-from fedbe.records import flatten
-from fedbe.update import ClientTask, Update
+from fedbe.errors import Problem, check_at_least
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
+from fedbe.federation.record import flatten
+from fedbe.messages import ClientTask, Update
 
 
 class LoggingCallback(FederatedCallback):

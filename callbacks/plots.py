@@ -1,8 +1,8 @@
 """Pictures of a run, as files."""
 
-from fedbe.callback import FederatedCallback
-from fedbe.callbacks.figures import figures
-from fedbe.loop import FederatedLoop
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
+from fedbe.figures.learning import figures
 
 
 class PlotCallback(FederatedCallback):

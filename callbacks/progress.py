@@ -5,16 +5,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedbe.callback import FederatedCallback
-from fedbe.callbacks.report import (
-    readable_bytes,
-    readable_seconds,
-    readable_share,
-    summary_lines,
-    summary_table,
-)
-from fedbe.loop import FederatedLoop
-from fedbe.update import ClientTask, Failure, Update
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
+from fedbe.figures.tables import readable_bytes, readable_seconds, readable_share, summary_lines, summary_table
+from fedbe.messages import ClientTask, Failure, Update
 
 _MOST_LINES = 50
 

@@ -5,11 +5,10 @@ from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
-from fedbe.callback import FederatedCallback
-from fedbe.errors import Problem
+from fedbe.errors import Problem, check_at_least
 from fedbe.evaluation import TaskScore, delta_ce, retention
-from fedbe.evaluation.tasks import check_at_least
-from fedbe.loop import FederatedLoop
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
 
 
 class RetentionCallback(FederatedCallback):

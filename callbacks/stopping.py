@@ -4,11 +4,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedbe.callback import FederatedCallback
-from fedbe.errors import FedBEError, Problem
-from fedbe.evaluation.tasks import check_at_least
-from fedbe.loop import FederatedLoop
-from fedbe.records import Mode, better, check_monitor, metric_value
+from fedbe.errors import FedBEError, Problem, check_at_least
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
+from fedbe.federation.record import Mode, better, check_monitor, metric_value
 from fedbe.storage.checkpoint import BEST, load_tensors, save_tensors
 
 

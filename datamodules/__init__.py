@@ -15,7 +15,7 @@ from fedbe.datamodules.partition import (
     QuantityPartitioner,
     SizesPartitioner,
 )
-from fedbe.datamodules.report import ClientShare, describe_partition, plot_partition, print_partition
+from fedbe.datamodules.report import ClientShare, describe_partition
 from fedbe.datamodules.separation import family_separates_documents, separates_documents
 
 __all__ = [
@@ -37,7 +37,5 @@ __all__ = [
     "SizesPartitioner",
     "describe_partition",
     "family_separates_documents",
-    "plot_partition",
-    "print_partition",
     "separates_documents",
 ]

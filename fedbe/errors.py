@@ -51,3 +51,12 @@ class ClientTimeoutError(FedBEError):
 
 class QuorumError(FedBEError):
     """Raised when too few clients of a round came through; the message names each that failed."""
+
+
+def check_at_least(key: str, minimum: float, **values: float | None) -> list[Problem]:
+    """Return a problem for each value below `minimum`; ``None`` is no value."""
+    return [
+        Problem(f"{key}.{name}", value, f"must be at least {minimum}.")
+        for name, value in values.items()
+        if value is not None and value < minimum
+    ]

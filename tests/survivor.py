@@ -14,11 +14,11 @@ import torch
 from toy import toy_loop
 
 from fedbe.aggregation import FedAdam
-from fedbe.callback import FederatedCallback
 from fedbe.callbacks import CheckpointCallback, CommunicationCallback, EarlyStopping, KeepBest
+from fedbe.federation.callback import FederatedCallback
 from fedbe.storage.checkpoint import Checkpoints, read_checkpoint
 from fedbe.storage.run_folder import RunFolder
-from fedbe.trainer import quiet_libraries
+from fedbe.system.libraries import quiet_libraries
 
 HOOKS = [name for name in vars(FederatedCallback) if name.startswith("on_") and name not in
          ("on_exception", "on_client_failure")]  # fmt: skip

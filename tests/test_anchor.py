@@ -6,10 +6,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from fedbe.algorithms import FedAvg
 from fedbe.errors import ConfigError
-from fedbe.models import BaseModel
+from fedbe.messages import ClientTask
+from fedbe.modeling.base_model import BaseModel
 from fedbe.objectives import Anchor, FedProx
 from fedbe.objectives.anchor import HiddenStates, Predictions
-from fedbe.update import ClientTask
 
 
 def task(client="client", round_index=0):

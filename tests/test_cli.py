@@ -8,7 +8,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from fedbe.assets import micro_path
-from fedbe.cli import main
+from fedbe.cli.main import main
 
 TEXT = "The number {} comes before the number {}, as everyone who has learned to count will tell you. "
 

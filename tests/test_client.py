@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy import ToyData, toy_loop
 
-from fedbe.client import Schedule
+from fedbe.client.schedule import Schedule
 
 
 def test_warm_up_begins_above_zero_and_ends_at_the_full_rate():

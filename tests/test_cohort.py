@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbe.cohort import CohortSampler, cohort_count
 from fedbe.errors import ConfigError
+from fedbe.federation.cohort import CohortSampler, cohort_count
 
 CLIENTS = [f"c{i}" for i in range(10)]
 

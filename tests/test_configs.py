@@ -27,9 +27,9 @@ from fedbe import algorithms
 from fedbe.algorithms import Algorithm
 from fedbe.assets import micro_path
 from fedbe.callbacks import PlotCallback
-from fedbe.config import check_sections
-from fedbe.fit import build
-from fedbe.run_parser import read_run, run_parser
+from fedbe.config.build import build
+from fedbe.config.parser import read_run, run_parser
+from fedbe.config.rules import check_sections
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

@@ -4,9 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from fedbe.callback import FederatedCallback
-from fedbe.cli import main
-from fedbe.run_parser import shipped_config
+from fedbe.cli.main import main
+from fedbe.config.parser import shipped_config
+from fedbe.federation.callback import FederatedCallback
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)

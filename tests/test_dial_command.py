@@ -9,10 +9,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from fedbe.assets import micro_path
-from fedbe.cli import main
-from fedbe.dial import dial_table, measure_run
+from fedbe.cli.main import main
+from fedbe.dial.finished_run import FinishedRun
+from fedbe.dial.run_dial import dial_table, measure_run
 from fedbe.errors import ConfigError
-from fedbe.finished_run import FinishedRun
 
 KEEP = [{"class_path": "fedbe.callbacks.KeepBest", "init_args": {"monitor": "retention/mean"}}]
 LORA = {"class_path": "fedbe.algorithms.FedIT", "init_args": {"rank": 2, "target_modules": "attention"}}

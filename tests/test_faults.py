@@ -7,15 +7,15 @@ from toy import ToyData, resumed, toy_loop
 from fedbe.aggregation import CoordinateMedian, FedAvgM, Krum, NormClipping, PrivateMean, SampleWeighted, TrimmedMean
 from fedbe.algorithms import BlockExpansion, FedAvg, FedBE, FLoRA, Gated, LocalOnly
 from fedbe.allocation import RandomScore
-from fedbe.callback import FederatedCallback
 from fedbe.callbacks import CheckpointCallback, FaultInjection, RollbackGuard
 from fedbe.callbacks.faults import CORRUPTIONS
-from fedbe.cohort import CohortSampler
-from fedbe.config import check_averaging
+from fedbe.config.rules import check_averaging
 from fedbe.errors import QuorumError
 from fedbe.expansion import FixedPlacement
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.cohort import CohortSampler
+from fedbe.federation.quorum import Quorum
 from fedbe.objectives import Plain
-from fedbe.quorum import Quorum
 
 
 class Troubled(ToyData):

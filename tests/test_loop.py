@@ -9,10 +9,11 @@ from toy import ToyData, resumed, tiny_llama, toy_loop
 from transformers import AutoModelForCausalLM
 
 from fedbe.algorithms import BlockExpansion
-from fedbe.callback import FederatedCallback
 from fedbe.callbacks import CheckpointCallback
 from fedbe.errors import QuorumError
-from fedbe.update import Update, copy_tensors
+from fedbe.federation.callback import FederatedCallback
+from fedbe.messages import Update
+from fedbe.modeling.tensors import copy_tensors
 
 
 class Recorder(FederatedCallback):

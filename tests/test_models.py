@@ -4,7 +4,7 @@ import pytest
 
 from fedbe.assets import micro_path
 from fedbe.errors import ConfigError
-from fedbe.models import BaseModel, packaged_path
+from fedbe.modeling.base_model import BaseModel, packaged_path
 
 
 @pytest.fixture

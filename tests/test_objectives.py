@@ -6,10 +6,11 @@ from toy import ToyData, adamw, resumed, toy_loop
 from fedbe.aggregation import FedAdam
 from fedbe.algorithms import FedAvg, LocalOnly, Unfreeze
 from fedbe.callbacks import CheckpointCallback
-from fedbe.config import Client, Federation, check_combination
+from fedbe.config.rules import check_combination
+from fedbe.config.sections import Client, Federation
 from fedbe.errors import UpdateError
+from fedbe.messages import ClientTask, Update
 from fedbe.objectives import FedProx, Plain, Scaffold
-from fedbe.update import ClientTask, Update
 
 
 def sgd(parameters):

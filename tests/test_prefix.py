@@ -12,10 +12,11 @@ from fedbe.algorithms import BlockExpansion, FedAvg, FedIT, Gated
 from fedbe.callbacks import CheckpointCallback
 from fedbe.errors import ConfigError
 from fedbe.expansion import stack_parameter_names
-from fedbe.expansion.architecture import find_blocks
-from fedbe.models import forward_options
+from fedbe.modeling.architecture import find_blocks
+from fedbe.modeling.base_model import forward_options
 from fedbe.objectives import Anchor
-from fedbe.prefix import Prefix, PrefixReuse, Store, frozen_blocks, reuse_prefix
+from fedbe.prefix.reuse import Prefix, frozen_blocks, reuse_prefix
+from fedbe.prefix.store import PrefixReuse, Store
 from fedbe.seeding import generator
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedbe.assets import micro_path
-from fedbe.cli import main
+from fedbe.cli.main import main
 from fedbe.errors import ConfigError
-from fedbe.pretraining import (
+from fedbe.pretraining.pretrain import (
     Exports,
     PretrainConfig,
     PretrainModule,
@@ -224,7 +224,7 @@ def test_a_run_is_not_continued_with_other_settings(finished):
 
 def test_the_shipped_config_is_what_the_command_runs(monkeypatch):
     configs = []
-    monkeypatch.setattr("fedbe.pretraining.pretrain", configs.append)
+    monkeypatch.setattr("fedbe.pretraining.pretrain.pretrain", configs.append)
     path = Path(__file__).parents[1] / "configs" / "pretrain_micro.yaml"
     assert main(["pretrain", "--config", str(path)]) == 0
     assert configs[0].settings == PretrainConfig(output="").settings

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedbe.callback import FederatedCallback
-from fedbe.cli import main
+from fedbe.cli.main import main
+from fedbe.federation.callback import FederatedCallback
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

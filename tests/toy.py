@@ -9,11 +9,11 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedbe.algorithms import BlockExpansion
-from fedbe.client import Schedule
-from fedbe.cohort import CohortSampler
+from fedbe.client.schedule import Schedule
 from fedbe.data import FederatedDataModule
 from fedbe.engines import InProcessEngine
-from fedbe.loop import FederatedLoop
+from fedbe.federation.cohort import CohortSampler
+from fedbe.federation.loop import FederatedLoop
 from fedbe.seeding import generator
 from fedbe.storage.checkpoint import Checkpoints, read_checkpoint
 from fedbe.storage.run_folder import RunFolder

@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 
 from fedbe.bench.display import without_display
 from fedbe.bench.overhead import UNEVALUATED, difference, timed
-from fedbe.callback import FederatedCallback
+from fedbe.config.build import build
+from fedbe.config.parser import read_run, run_parser
 from fedbe.data import FederatedDataModule
-from fedbe.fit import build
-from fedbe.loop import FederatedLoop
-from fedbe.run_parser import read_run, run_parser
-from fedbe.update import ClientTask
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
+from fedbe.messages import ClientTask
 
 
 class CaseData(FederatedDataModule):

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from fedbe.cli import main as fedbe
+from fedbe.cli.main import main as fedbe
 
 HERE = Path(__file__).parent
 ARMS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedbe.aggregation.base import Aggregator, check_update
 from fedbe.aggregation.mean import HolderMean
 from fedbe.errors import Problem
-from fedbe.update import Update
+from fedbe.messages import Update
 
 
 class Averaging:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedbe.errors import UpdateError
-from fedbe.update import Update
+from fedbe.messages import Update
 
 
 class Aggregator(Protocol):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedbe.aggregation.base import check_update
-from fedbe.update import Update
+from fedbe.messages import Update
 
 
 class HolderMean:

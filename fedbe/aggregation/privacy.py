@@ -9,8 +9,8 @@ from torch import Tensor
 from fedbe.aggregation.averaging import Averaging, clip_update
 from fedbe.aggregation.base import Aggregator, check_update
 from fedbe.errors import Problem
+from fedbe.messages import Update
 from fedbe.seeding import generator
-from fedbe.update import Update
 
 
 class PrivateMean(Averaging):

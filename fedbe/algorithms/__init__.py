@@ -5,24 +5,24 @@ can be checked by algebra; R, our reconstruction, because no public text gives i
 """
 
 from fedbe.algorithms.base import Algorithm
-from fedbe.algorithms.block_expansion import BlockExpansion
-from fedbe.algorithms.centralized import Centralized, PooledData
-from fedbe.algorithms.fed_talora import FedTaLoRA
-from fedbe.algorithms.fedbe import FedBE
-from fedbe.algorithms.fedex_lora import FedExLoRA
-from fedbe.algorithms.fedit import FedIT
-from fedbe.algorithms.fedsa_lora import FedSALoRA
-from fedbe.algorithms.ffa_lora import FFALoRA
-from fedbe.algorithms.flexlora import FlexLoRA
-from fedbe.algorithms.flora import FLoRA
+from fedbe.algorithms.blocks.block_expansion import BlockExpansion
+from fedbe.algorithms.blocks.fedbe import FedBE
+from fedbe.algorithms.blocks.gated import Gated
+from fedbe.algorithms.blocks.unfreeze import Unfreeze
+from fedbe.algorithms.controls.centralized import Centralized, PooledData
+from fedbe.algorithms.controls.local import LocalOnly
+from fedbe.algorithms.controls.wrapper import Wrapper
 from fedbe.algorithms.full import FedAvg
-from fedbe.algorithms.gated import Gated
-from fedbe.algorithms.hetlora import HetLoRA
-from fedbe.algorithms.local import LocalOnly
-from fedbe.algorithms.lora import LoRA
-from fedbe.algorithms.slora import SLoRA
-from fedbe.algorithms.unfreeze import Unfreeze
-from fedbe.algorithms.wrapper import Wrapper
+from fedbe.algorithms.lora.base import LoRA
+from fedbe.algorithms.lora.fed_talora import FedTaLoRA
+from fedbe.algorithms.lora.fedex_lora import FedExLoRA
+from fedbe.algorithms.lora.fedit import FedIT
+from fedbe.algorithms.lora.fedsa_lora import FedSALoRA
+from fedbe.algorithms.lora.ffa_lora import FFALoRA
+from fedbe.algorithms.lora.flexlora import FlexLoRA
+from fedbe.algorithms.lora.flora import FLoRA
+from fedbe.algorithms.lora.hetlora import HetLoRA
+from fedbe.algorithms.lora.slora import SLoRA
 
 __all__ = [
     "Algorithm",

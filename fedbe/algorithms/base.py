@@ -14,7 +14,8 @@ from fedbe.data import Batch
 from fedbe.errors import Problem
 from fedbe.expansion import ExportReport
 from fedbe.expansion.probe import ProbeReport
-from fedbe.update import ClientTask, Update, copy_tensors, load_tensors
+from fedbe.messages import ClientTask, Update
+from fedbe.modeling.tensors import copy_tensors, load_tensors
 
 
 class Algorithm(ABC):

@@ -5,14 +5,7 @@ from fedbe.allocation.best_sets import CohortCosts
 from fedbe.allocation.capabilities import Capabilities
 from fedbe.allocation.clock import SimulatedClock
 from fedbe.allocation.profiles import DeviceFleet, Fleet, GivenFleet, MeasuredFleet, Profile
-from fedbe.allocation.scores import (
-    GradientScore,
-    LabelDivergenceScore,
-    LossScore,
-    RandomScore,
-    Score,
-    StaticScore,
-)
+from fedbe.allocation.scores import GradientScore, LabelDivergenceScore, LossScore, RandomScore, Score, StaticScore
 
 __all__ = [
     "Allocation",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fedbe.allocation.clock import SimulatedClock, steps_within
 from fedbe.allocation.cost import Cost, CostModel, UnitCosts, seconds
 from fedbe.allocation.profiles import Profile, available
-from fedbe.update import ClientTask, Update
+from fedbe.messages import ClientTask, Update
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fedbe.allocation.passes import BlockRun, Call, Graph, OutsideRun, flop_counter, observe, storages
 from fedbe.expansion import freeze, set_training_modes
-from fedbe.expansion.architecture import find_blocks
+from fedbe.modeling.architecture import find_blocks
 from fedbe.seeding import isolated_rng
 
 

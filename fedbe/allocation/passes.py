@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import PreTrainedModel
 
 from fedbe.expansion import freeze, set_training_modes
-from fedbe.models import forward_options
+from fedbe.modeling.base_model import forward_options
 
 
 @dataclass

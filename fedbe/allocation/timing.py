@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from fedbe.allocation.capabilities import Capabilities
-from fedbe.update import ClientTask, Update
+from fedbe.messages import ClientTask, Update
 
 
 @dataclass

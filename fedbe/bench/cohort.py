@@ -14,9 +14,10 @@ from fedbe.bench.overhead import difference, timed
 from fedbe.data import Batch, DataWrapper, FederatedDataModule
 from fedbe.engines import CohortEngine, InProcessEngine
 from fedbe.errors import ConfigError, Problem
-from fedbe.loop import FederatedLoop
+from fedbe.federation.loop import FederatedLoop
+from fedbe.messages import ClientTask, Update
+from fedbe.modeling.tensors import copy_tensors
 from fedbe.objectives import Plain
-from fedbe.update import ClientTask, Update, copy_tensors
 
 BLOCKS = 2
 STEPS = 5

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from fedbe.allocation.cost import Calibration, Cost, CostModel, seconds
 from fedbe.allocation.profiles import Profile
 from fedbe.expansion import freeze, set_training_modes
-from fedbe.loop import FederatedLoop
-from fedbe.models import forward_options
+from fedbe.federation.loop import FederatedLoop
+from fedbe.modeling.base_model import forward_options
 from fedbe.seeding import generator
 
 MIB = 2**20

@@ -1,8 +1,8 @@
 """A run without its display, so that a measurement's own output can be read."""
 
-from fedbe.callback import FederatedCallback
 from fedbe.callbacks import ProgressCallback
-from fedbe.loop import FederatedLoop
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
 
 
 def without_display(loop: FederatedLoop) -> list[FederatedCallback]:

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from fedbe.adaptation.lora_layers import target_names
 from fedbe.aggregation import Mean
 from fedbe.algorithms import FedIT
-from fedbe.algorithms.lora_layers import target_names
 from fedbe.bench.display import without_display
 from fedbe.bench.memory import MIB, bytes_in_use, give_back_freed_memory, in_fresh_process
 from fedbe.bench.overhead import (
@@ -24,16 +24,16 @@ from fedbe.bench.overhead import (
     local_steps,
     paired_rounds,
 )
-from fedbe.cohort import CohortSampler
-from fedbe.config import RunConfig
+from fedbe.client.trainer import QUIET, trainer_options
+from fedbe.config.build import build, connect_data
+from fedbe.config.parser import read_run, run_parser
+from fedbe.config.run import RunConfig
 from fedbe.errors import ConfigError, Problem
-from fedbe.fit import build, connect_data
-from fedbe.loop import FederatedLoop
-from fedbe.machine import peak_rss_bytes
+from fedbe.federation.cohort import CohortSampler
+from fedbe.federation.loop import FederatedLoop
 from fedbe.objectives import Plain
-from fedbe.run_parser import read_run, run_parser
 from fedbe.seeding import derive_seed, generator, isolated_rng
-from fedbe.trainer import QUIET, trainer_options
+from fedbe.system.machine import peak_rss_bytes
 
 FEDIT = ("--algorithm=fedbe.algorithms.FedIT", *UNEVALUATED)
 MEMORY_ROUNDS = 3

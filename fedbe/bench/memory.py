@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import ParamSpec, TypeVar
 
 from fedbe.bench.display import without_display
-from fedbe.callback import FederatedCallback
-from fedbe.fit import build
-from fedbe.loop import FederatedLoop
-from fedbe.machine import peak_rss_bytes, resident_bytes, trim_memory
-from fedbe.run_parser import read_run, run_parser
+from fedbe.config.build import build
+from fedbe.config.parser import read_run, run_parser
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
+from fedbe.system.machine import peak_rss_bytes, resident_bytes, trim_memory
 
 MIB = 2**20
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>

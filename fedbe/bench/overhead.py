@@ -14,14 +14,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fedbe.bench.display import without_display
-from fedbe.callback import FederatedCallback
 from fedbe.data import Batch
 from fedbe.engines import InProcessEngine
 from fedbe.errors import ConfigError, Problem
 from fedbe.expansion import freeze, set_training_modes
-from fedbe.loop import FederatedLoop
-from fedbe.models import forward_options
-from fedbe.update import ClientTask, Update, copy_tensors
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
+from fedbe.messages import ClientTask, Update
+from fedbe.modeling.base_model import forward_options
+from fedbe.modeling.tensors import copy_tensors
 
 T = TypeVar("T")
 

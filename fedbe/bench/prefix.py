@@ -9,9 +9,10 @@ from torch import Tensor
 from fedbe.algorithms import BlockExpansion
 from fedbe.allocation.cost import CostModel
 from fedbe.bench.cost_model import step_seconds
-from fedbe.expansion.architecture import find_blocks
-from fedbe.loop import FederatedLoop
-from fedbe.prefix import PrefixReuse, reuse_prefix
+from fedbe.federation.loop import FederatedLoop
+from fedbe.modeling.architecture import find_blocks
+from fedbe.prefix.reuse import reuse_prefix
+from fedbe.prefix.store import PrefixReuse
 from fedbe.seeding import generator
 
 

@@ -16,10 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 from fedbe.assets import micro_path
 from fedbe.bench.display import without_display
 from fedbe.bench.memory import MIB, bytes_in_use, give_back_freed_memory, in_fresh_process
-from fedbe.callback import FederatedCallback
-from fedbe.fit import build
-from fedbe.loop import FederatedLoop
-from fedbe.run_parser import read_run, run_parser
+from fedbe.config.build import build
+from fedbe.config.parser import read_run, run_parser
+from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.loop import FederatedLoop
 from fedbe.seeding import generator, isolated_rng
 
 ROWS_PER_CLIENT = 4

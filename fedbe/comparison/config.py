@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fedbe.config import RunConfig
-from fedbe.config_errors import collect, merge, nest
+from fedbe.config.mistakes import collect, merge, nest
+from fedbe.config.parser import read_run, run_parser
+from fedbe.config.run import RunConfig
 from fedbe.errors import ConfigError, Problem
-from fedbe.run_parser import read_run, run_parser
 
 LEARNING_RATE = ("client", "optimizer", "init_args", "lr")
 """Where the learning rate stands in a run's configuration."""

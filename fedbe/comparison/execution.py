@@ -177,7 +177,7 @@ def start_process(job: Job, parallel: int) -> "subprocess.Popen[bytes]":
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if parallel > 1 else {}
     with job.log.open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "fedbe.comparison.single_run", *job.arguments],
+            [sys.executable, "-m", "fedbe", *job.arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -11,8 +11,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fedbe.comparison.report import ranked
 from fedbe.comparison.statistics import Estimate, pareto_front
 from fedbe.comparison.summary import Arm, Comparison, Place
-from fedbe.drawing import COLORS, GREY, STYLE
 from fedbe.evaluation.convergence import Point
+from fedbe.figures.style import COLORS, GREY, STYLE
 
 # More arms than colours differ in marker and dash.
 _ARM_COLORS = (*COLORS, "#000000")

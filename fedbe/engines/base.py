@@ -8,8 +8,8 @@ import torch
 from fedbe.data import Batch
 from fedbe.errors import ClientTimeoutError
 from fedbe.expansion.probe import ProbeReport
-from fedbe.prefix import PrefixReuse, Store
-from fedbe.update import ClientTask, Failure, FailureKind, Outcome
+from fedbe.messages import ClientTask, Failure, FailureKind, Outcome
+from fedbe.prefix.store import PrefixReuse, Store
 
 
 class Engine(Protocol):

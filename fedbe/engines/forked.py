@@ -17,9 +17,9 @@ import torch
 from fedbe.engines.in_process import InProcessEngine
 from fedbe.errors import ConfigError, Problem
 from fedbe.expansion.probe import ProbeReport
-from fedbe.machine import Trimming
-from fedbe.prefix import PrefixReuse, Store
-from fedbe.update import ClientTask, Failure, FailureKind, Outcome
+from fedbe.messages import ClientTask, Failure, FailureKind, Outcome
+from fedbe.prefix.store import PrefixReuse, Store
+from fedbe.system.machine import Trimming
 
 _AHEAD = 2
 """Clients that are begun, per process, before the update that is next in the cohort's order has come in."""

@@ -16,16 +16,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from fedbe.algorithms.base import Algorithm
-from fedbe.client import ClientModule, OptimizerFactory, Schedule
+from fedbe.client.module import ClientModule, OptimizerFactory
+from fedbe.client.schedule import Schedule
+from fedbe.client.trainer import QUIET
 from fedbe.data import FederatedDataModule
 from fedbe.engines.base import failure
 from fedbe.expansion.probe import ProbeReport
-from fedbe.machine import Trimming
+from fedbe.messages import ClientTask, Outcome, Update
 from fedbe.objectives import Objective
-from fedbe.prefix import PrefixReuse, Store
+from fedbe.prefix.store import PrefixReuse, Store
 from fedbe.seeding import derive_seed, generator, isolated_rng
-from fedbe.trainer import QUIET
-from fedbe.update import ClientTask, Outcome, Update
+from fedbe.system.machine import Trimming
 
 
 @dataclass

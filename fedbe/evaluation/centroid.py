@@ -9,11 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
 from fedbe.data import by_length
-from fedbe.errors import Problem
-from fedbe.evaluation.scoring import evaluation_mode, pad
-from fedbe.evaluation.tasks import TaskScore, check_at_least
-from fedbe.evaluation.text import TextTask, evenly_spread
+from fedbe.errors import Problem, check_at_least
+from fedbe.evaluation.scoring import pad
+from fedbe.evaluation.tasks import TaskScore
+from fedbe.evaluation.text_task import TextTask
+from fedbe.modeling.passes import evaluation_mode
 from fedbe.seeding import generator
+from fedbe.text.tokens import evenly_spread
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[object], max_length: int) -> list[list[int]]:

@@ -8,7 +8,8 @@ from torchmetrics import SumMetric
 from transformers import PreTrainedModel
 
 from fedbe.data import Batch
-from fedbe.evaluation.scoring import evaluation_mode, token_statistics
+from fedbe.evaluation.scoring import token_statistics
+from fedbe.modeling.passes import evaluation_mode
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
 from fedbe.data import IGNORED
-from fedbe.errors import Problem
-from fedbe.evaluation.scoring import evaluation_mode, pad, token_statistics
-from fedbe.evaluation.tasks import TaskScore, check_at_least
-from fedbe.evaluation.text import TextTask, begin_token, evenly_spread, maximum_length, tokenise
+from fedbe.errors import Problem, check_at_least
+from fedbe.evaluation.scoring import pad, token_statistics
+from fedbe.evaluation.tasks import TaskScore
+from fedbe.evaluation.text_task import TextTask
+from fedbe.modeling.passes import evaluation_mode
 from fedbe.seeding import generator
+from fedbe.text.tokens import begin_token, evenly_spread, maximum_length, tokenise
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,17 @@
 """Next-token accuracy and loss on text: a corpus, or what the base model itself writes."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
-from fedbe.data import IGNORED
-from fedbe.errors import Problem
-from fedbe.evaluation.sampling import sample_sequences
+from fedbe.errors import Problem, check_at_least
 from fedbe.evaluation.scoring import ratio_standard_error, sequence_statistics
-from fedbe.evaluation.tasks import GeneralTask, TaskScore, check_at_least
-from fedbe.evaluation.text import TextTask, begin_token, evenly_spread, require_length, tokenise
+from fedbe.evaluation.tasks import GeneralTask, TaskScore
+from fedbe.evaluation.text_task import TextTask, require_length
 from fedbe.seeding import generator
-
-
-def pack(documents: Sequence[Sequence[int]], begin: int, length: int) -> tuple[Tensor, Tensor]:
-    """Return documents one after another, a begin token before each, cut into sequences; and their labels.
-
-    Args:
-        documents: Token ids of each document.
-        begin: The begin token.
-        length: Tokens of a sequence.
-
-    Returns:
-        Token ids and labels, both of shape ``[n, length]``; the last sequence is filled up, with labels of
-        -100.
-    """
-    stream = torch.cat([torch.tensor([begin, *document]) for document in documents])
-    rows = -(-len(stream) // length)
-    tokens = torch.full((rows * length,), begin)
-    labels = torch.full((rows * length,), IGNORED)
-    tokens[: len(stream)] = labels[: len(stream)] = stream
-    return tokens.view(rows, length), labels.view(rows, length)
+from fedbe.text.packing import pack
+from fedbe.text.sampling import sample_sequences
+from fedbe.text.tokens import begin_token, evenly_spread, tokenise
 
 
 def next_token_score(model: PreTrainedModel, tokens: Tensor, labels: Tensor, batch_size: int) -> TaskScore:

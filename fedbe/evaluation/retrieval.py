@@ -5,10 +5,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
-from fedbe.errors import Problem
+from fedbe.errors import Problem, check_at_least
 from fedbe.evaluation.centroid import embed, token_ids
-from fedbe.evaluation.tasks import TaskScore, check_at_least
-from fedbe.evaluation.text import TextTask, evenly_spread
+from fedbe.evaluation.tasks import TaskScore
+from fedbe.evaluation.text_task import TextTask
+from fedbe.text.tokens import evenly_spread
 
 
 def found_first(queries: Tensor, documents: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Counts and losses of a model's predictions, on tensors."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from fedbe.data import IGNORED
+from fedbe.modeling.passes import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,6 @@ def _row_sums(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits, targets = logits[predicted], targets[predicted]  # [n, v], [n]
     correct = (logits.argmax(-1) == targets).sum()
     return predicted.sum(), correct, cross_entropy(logits.float(), targets, reduction="sum")
-
-
-@contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout, gradients and the key-value cache off inside the block, and back after it."""
-    training = {module: module.training for module in model.modules()}
-    use_cache = getattr(model.config, "use_cache", None)
-    model.train(False)
-    if use_cache is not None:
-        model.config.use_cache = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        if use_cache is not None:
-            model.config.use_cache = use_cache
 
 
 def sequence_statistics(model: PreTrainedModel, tokens: Tensor, labels: Tensor, batch_size: int) -> Statistics:

@@ -74,12 +74,3 @@ def check_tasks(tasks: Sequence[GeneralTask], key: str) -> list[Problem]:
             problems.append(Problem(f"{place}.name", task.name, remedy))
         problems.extend(task.check(place))
     return problems
-
-
-def check_at_least(key: str, minimum: float, **values: float | None) -> list[Problem]:
-    """Return a problem for each value below `minimum`; ``None`` is no value."""
-    return [
-        Problem(f"{key}.{name}", value, f"must be at least {minimum}.")
-        for name, value in values.items()
-        if value is not None and value < minimum
-    ]

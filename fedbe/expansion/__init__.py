@@ -1,6 +1,5 @@
 """Block expansion: where blocks go, how they start as the identity, freeze masks, export."""
 
-from fedbe.expansion.checkpointing import enable_gradient_checkpointing
 from fedbe.expansion.expand import (
     Expansion,
     expand_blocks,
@@ -10,14 +9,6 @@ from fedbe.expansion.expand import (
     without_blocks,
 )
 from fedbe.expansion.export import ExportReport, load, read_expansion, rescale, save_model, save_plain
-from fedbe.expansion.freezing import (
-    base_tensor_names,
-    block_parameter_names,
-    freeze,
-    head_parameter_names,
-    set_training_modes,
-    stack_parameter_names,
-)
 from fedbe.expansion.gate import (
     find_gate,
     gate_adapters,
@@ -29,9 +20,12 @@ from fedbe.expansion.gate import (
 )
 from fedbe.expansion.growth import Plateau, grow
 from fedbe.expansion.identity import IdentityRule
+from fedbe.expansion.names import base_tensor_names, block_parameter_names
 from fedbe.expansion.placement import AdaptivePlacement, Choice, FixedPlacement, Placement, RandomPlacement
 from fedbe.expansion.probe import ProbeReport, identity_rule, probe_client, probe_gradients
 from fedbe.expansion.token_gate import TokenGate
+from fedbe.modeling.checkpointing import enable_gradient_checkpointing
+from fedbe.modeling.freezing import freeze, head_parameter_names, set_training_modes, stack_parameter_names
 
 __all__ = [
     "AdaptivePlacement",

@@ -13,15 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedbe.errors import ExpansionError
-from fedbe.expansion.architecture import BlockStack, all_configs, arrange, find_blocks
-from fedbe.expansion.identity import (
-    IdentityRule,
-    candidate_rules,
-    dialled,
-    make_identity,
-    target_parameters,
-)
-from fedbe.expansion.verification import difference, observe, probe_inputs
+from fedbe.expansion.identity import IdentityRule, candidate_rules, dialled, make_identity, target_parameters
+from fedbe.modeling.architecture import BlockStack, all_configs, arrange, find_blocks
+from fedbe.modeling.verification import difference, observe, probe_inputs
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
 from fedbe.errors import ConfigError, ExpansionError, Problem
-from fedbe.expansion.architecture import expressed_by_config, find_blocks
 from fedbe.expansion.expand import Expansion, check_dial, without_blocks
-from fedbe.expansion.freezing import block_parameter_names
 from fedbe.expansion.gate import install_gate, unregistered
 from fedbe.expansion.identity import dialled, target_parameters
+from fedbe.expansion.names import block_parameter_names
 from fedbe.expansion.token_gate import TokenGate
+from fedbe.modeling.architecture import expressed_by_config, find_blocks
 
 DESCRIPTION_FILE = "fedbe.json"
 BLOCKS_FILE = "expanded_blocks.safetensors"

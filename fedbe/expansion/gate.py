@@ -10,9 +10,9 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from fedbe.errors import ExpansionError
-from fedbe.expansion.architecture import find_blocks
 from fedbe.expansion.expand import Expansion
 from fedbe.expansion.token_gate import TokenGate
+from fedbe.modeling.architecture import find_blocks
 
 MODULE_NAME = "token_gate"
 

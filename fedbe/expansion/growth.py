@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedbe.errors import ExpansionError, Problem
-from fedbe.expansion.architecture import all_configs, arrange, find_blocks
 from fedbe.expansion.expand import Expansion, failure, resolve_positions
 from fedbe.expansion.gate import find_gate
 from fedbe.expansion.identity import IdentityRule, make_identity
-from fedbe.expansion.verification import observe, probe_inputs
+from fedbe.modeling.architecture import all_configs, arrange, find_blocks
+from fedbe.modeling.verification import observe, probe_inputs
 
 
 @dataclass

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedbe.errors import ExpansionError
-from fedbe.expansion.architecture import all_configs, arrange, find_blocks
 from fedbe.expansion.expand import expand_blocks, remove_blocks
 from fedbe.expansion.identity import IdentityRule, make_identity, target_parameters
-from fedbe.expansion.verification import evaluating, on_device
+from fedbe.modeling.architecture import all_configs, arrange, find_blocks
+from fedbe.modeling.passes import evaluating
+from fedbe.modeling.verification import on_device
 from fedbe.seeding import generator
 
 Writers = tuple[nn.Parameter, ...]

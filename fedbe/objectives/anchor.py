@@ -9,14 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
 from fedbe.data import Batch
-from fedbe.errors import ConfigError, Problem
-from fedbe.evaluation.general_text import batches_of, corpus_text, own_text, predicts_tokens
-from fedbe.evaluation.scoring import evaluation_mode
-from fedbe.evaluation.tasks import check_at_least
-from fedbe.models import forward_options
+from fedbe.errors import ConfigError, Problem, check_at_least
+from fedbe.messages import ClientTask, Update
+from fedbe.modeling.base_model import forward_options
+from fedbe.modeling.passes import evaluation_mode
 from fedbe.objectives.base import KEY, LocalObjective, Objective, Plain
 from fedbe.seeding import generator
-from fedbe.update import ClientTask, Update
+from fedbe.text.reference import batches_of, corpus_text, own_text, predicts_tokens
 
 CACHE_LIMIT = 2 * 2**30
 """Most bytes that the base model's outputs may take in memory."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.data import Batch
 from fedbe.errors import Problem
-from fedbe.update import ClientTask, Update
+from fedbe.messages import ClientTask, Update
 
 KEY = "client.objective"
 

@@ -8,8 +8,9 @@ from torch.optim import Optimizer
 
 from fedbe.data import Batch
 from fedbe.errors import Problem
+from fedbe.messages import ClientTask
+from fedbe.modeling.tensors import copy_tensors
 from fedbe.objectives.base import KEY, LocalObjective, Objective
-from fedbe.update import ClientTask, copy_tensors
 
 
 class FedProx(Objective):

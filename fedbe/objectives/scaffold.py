@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from fedbe.errors import Problem, UpdateError
+from fedbe.messages import ClientTask, Update
+from fedbe.modeling.tensors import copy_tensors
 from fedbe.objectives.base import LocalObjective, Objective
-from fedbe.update import ClientTask, Update, copy_tensors
 
 
 class Scaffold(Objective):

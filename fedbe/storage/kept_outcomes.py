@@ -7,9 +7,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from fedbe.messages import ClientTask, Failure, Outcome, Update
 from fedbe.seeding import derive_seed
 from fedbe.storage.checkpoint import load_tensors, save_tensors
-from fedbe.update import ClientTask, Failure, Outcome, Update
 
 _PARTS = ("tensors", "kept", "extra", "objective_kept")
 

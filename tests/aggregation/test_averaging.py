@@ -3,19 +3,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbe.aggregation import (
-    CoordinateMedian,
-    HolderMean,
-    Krum,
-    NormClipping,
-    PrivateMean,
-    SampleWeighted,
-    TrimmedMean,
-)
+from fedbe.aggregation import CoordinateMedian, HolderMean, Krum, NormClipping, PrivateMean, SampleWeighted, TrimmedMean
 from fedbe.aggregation.averaging import clip_update, krum_scores
 from fedbe.errors import UpdateError
+from fedbe.messages import Update
 from fedbe.seeding import generator
-from fedbe.update import Update
 
 ROBUST = [CoordinateMedian(), TrimmedMean(0.2), Krum(1), Krum(1, take=3), NormClipping(5.0)]
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fedbe.aggregation import HolderMean
 from fedbe.errors import UpdateError
-from fedbe.update import Update
+from fedbe.messages import Update
 
 STATE = {"a": torch.zeros(3), "b": torch.ones(2, 2)}
 

@@ -5,21 +5,10 @@ from typing import Any
 import torch
 from toy import ToyData, tiny_llama, toy_loop
 
-from fedbe.algorithms import (
-    FedExLoRA,
-    FedIT,
-    FedSALoRA,
-    FedTaLoRA,
-    FFALoRA,
-    FlexLoRA,
-    FLoRA,
-    HetLoRA,
-    LoRA,
-    SLoRA,
-)
-from fedbe.algorithms.lora_layers import merged_copy
-from fedbe.callback import FederatedCallback
-from fedbe.update import Update
+from fedbe.adaptation.lora_layers import merged_copy
+from fedbe.algorithms import FedExLoRA, FedIT, FedSALoRA, FedTaLoRA, FFALoRA, FlexLoRA, FLoRA, HetLoRA, LoRA, SLoRA
+from fedbe.federation.callback import FederatedCallback
+from fedbe.messages import Update
 
 OPTIONS: dict[type[LoRA], dict[str, Any]] = {
     FedIT: {"rank": 4},

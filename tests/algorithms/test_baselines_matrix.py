@@ -11,9 +11,10 @@ from fedbe.aggregation import FedAdam, FedAvgM, FedYogi, Mean
 from fedbe.algorithms import BlockExpansion, FedAvg, Unfreeze
 from fedbe.callbacks import CheckpointCallback, CommunicationCallback
 from fedbe.expansion import freeze, set_training_modes
+from fedbe.messages import Update, payload_bytes
+from fedbe.modeling.tensors import copy_tensors
 from fedbe.objectives import FedProx, Plain, Scaffold
 from fedbe.seeding import derive_seed, generator, isolated_rng
-from fedbe.update import Update, copy_tensors, payload_bytes
 
 ALGORITHMS = {
     "full": FedAvg,

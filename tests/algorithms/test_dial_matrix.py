@@ -11,7 +11,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from fedbe.algorithms import BlockExpansion, Centralized, FedAvg, FedIT, FedSALoRA, LocalOnly, Unfreeze
 from fedbe.algorithms.base import interpolated
 from fedbe.expansion import scale_blocks
-from fedbe.update import copy_tensors, load_tensors
+from fedbe.modeling.tensors import copy_tensors, load_tensors
 from tests.expansion.families import FAMILIES
 
 IDS = torch.arange(12)[None]

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from fedbe.aggregation import FedAdam
 from fedbe.algorithms import BlockExpansion, FedAvg, FedBE, FedIT, FLoRA, Gated
-from fedbe.algorithms.fedbe import label_counts, of_equal_length
+from fedbe.algorithms.blocks.fedbe import label_counts, of_equal_length
 from fedbe.allocation import GivenFleet, Profile, SimulatedClock
 from fedbe.allocation.allocator import Allocator
 from fedbe.allocation.scores import LabelDivergenceScore, LossScore, RandomScore, StaticScore
@@ -15,8 +15,8 @@ from fedbe.callbacks import CheckpointCallback
 from fedbe.expansion.gate import find_gate
 from fedbe.expansion.growth import Plateau
 from fedbe.expansion.placement import AdaptivePlacement, FixedPlacement
+from fedbe.federation.simulation import capabilities_of
 from fedbe.objectives import Scaffold
-from fedbe.simulation import capabilities_of
 
 STRONG = Profile(1e9, 5e6, 1e6, 1e6)
 WEAK = Profile(1e9, 1e6, 1e5, 1e6)

@@ -3,7 +3,7 @@ import json
 import pytest
 import yaml
 
-from fedbe.cli import main
+from fedbe.cli.main import main
 
 
 @pytest.fixture
@@ -57,7 +57,9 @@ def test_objective_and_server_optimizer_are_named_by_class_path(run):
 
 def test_a_centralized_run_has_one_client_with_the_steps_of_a_cohort(run, monkeypatch):
     steps = []
-    monkeypatch.setattr("fedbe.client.ClientModule.on_fit_end", lambda self: steps.append(self.trainer.global_step))
+    monkeypatch.setattr(
+        "fedbe.client.module.ClientModule.on_fit_end", lambda self: steps.append(self.trainer.global_step)
+    )
     code, folder, _ = run(algorithm=named("fedbe.algorithms.Centralized", algorithm=FULL))
     assert code == 0 and steps == [2 * 2]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -5,15 +5,7 @@ import pytest
 import torch
 from lora_tools import factors
 
-from fedbe.aggregation.low_rank import (
-    cut,
-    live_factors,
-    pad,
-    product_norm,
-    residual,
-    stack,
-    truncated_svd,
-)
+from fedbe.aggregation.low_rank import cut, live_factors, pad, product_norm, residual, stack, truncated_svd
 
 
 def test_stacked_factors_of_any_ranks_multiply_to_the_weighted_sum():

@@ -20,11 +20,11 @@ from lora_tools import (
 from toy import resumed, tiny_llama
 from transformers import AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification
 
+from fedbe.adaptation.lora_layers import merged_copy
 from fedbe.algorithms import FedSALoRA, FFALoRA, SLoRA
-from fedbe.algorithms.lora_layers import merged_copy
 from fedbe.callbacks import CheckpointCallback, CommunicationCallback
 from fedbe.errors import ExpansionError
-from fedbe.update import payload_bytes
+from fedbe.messages import payload_bytes
 
 ALL = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from toy import ToyData, adamw, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fedbe.adaptation.lora_layers import lora_layers
 from fedbe.algorithms import FedExLoRA, FedIT, FedSALoRA, FedTaLoRA, FFALoRA, FlexLoRA, FLoRA, HetLoRA, SLoRA
-from fedbe.algorithms.hetlora import change_size
-from fedbe.algorithms.lora_layers import lora_layers
+from fedbe.algorithms.lora.hetlora import change_size
 from fedbe.errors import ConfigError, UpdateError
+from fedbe.messages import Update, payload_bytes
 from fedbe.seeding import generator
-from fedbe.update import Update, payload_bytes
 
 
 def one_round(folder, method, change=None, **changes):

@@ -15,8 +15,8 @@ from fedbe.allocation.cost import Calibration, Cost, CostModel, seconds, state_b
 from fedbe.allocation.profiles import Profile
 from fedbe.errors import ExpansionError
 from fedbe.expansion import expand_blocks, freeze, head_parameter_names, set_training_modes, stack_parameter_names
-from fedbe.expansion.checkpointing import enable_gradient_checkpointing
-from fedbe.models import forward_options
+from fedbe.modeling.base_model import forward_options
+from fedbe.modeling.checkpointing import enable_gradient_checkpointing
 
 SAMPLES, TOKENS = 4, 12
 HIDDEN, INNER = 16, 24

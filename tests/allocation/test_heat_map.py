@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fedbe.allocation.heat_map import allocation_figure
+from fedbe.figures.allocation import allocation_figure
 
 
 def history(*rounds):

@@ -6,7 +6,7 @@ import yaml
 
 from fedbe.bench import fedit
 from fedbe.bench.memory import MIB
-from fedbe.cli import main
+from fedbe.cli.main import main
 from fedbe.errors import ConfigError
 
 

@@ -2,14 +2,8 @@ import ctypes
 
 import pytest
 
-from fedbe.bench.memory import (
-    MIB,
-    MemoryUse,
-    bytes_in_use,
-    give_back_freed_memory,
-    in_fresh_process,
-)
-from fedbe.machine import Trimming, peak_rss_bytes, resident_bytes
+from fedbe.bench.memory import MIB, MemoryUse, bytes_in_use, give_back_freed_memory, in_fresh_process
+from fedbe.system.machine import Trimming, peak_rss_bytes, resident_bytes
 
 
 def test_growth_compares_the_end_with_the_time_after_warm_up():
@@ -52,7 +46,7 @@ def test_freed_memory_is_given_back_at_once_where_that_is_asked_for():
 def test_memory_is_trimmed_when_it_has_grown_since_the_first_client_after_a_trim(monkeypatch):
     in_use = iter([100, 104, 106, 200, 209, 211])
     trims = []
-    monkeypatch.setattr("fedbe.machine.resident_bytes", lambda: next(in_use))
-    monkeypatch.setattr("fedbe.machine.trim_memory", lambda: trims.append(True))
+    monkeypatch.setattr("fedbe.system.machine.resident_bytes", lambda: next(in_use))
+    monkeypatch.setattr("fedbe.system.machine.trim_memory", lambda: trims.append(True))
     trimming = Trimming(growth=1.05)
     assert [trimming.before_client() or len(trims) for _ in range(6)] == [0, 0, 1, 1, 1, 2]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbe.bench.scaling import Cost, Growth, Size, exponent, measure_cost
-from fedbe.cli import main
+from fedbe.cli.main import main
 
 
 @given(st.floats(-1, 3), st.floats(0.01, 100))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedbe.update import ClientTask, Update
+from fedbe.messages import ClientTask, Update
 
 
 def make_record(number: int, accuracy: float | None = 0.3, **changes: Any) -> dict[str, Any]:

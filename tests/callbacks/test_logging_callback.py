@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from wandb.proto.wandb_internal_pb2 import Record
 
 from fedbe.callbacks import LoggingCallback, PlotCallback
-from fedbe.records import flatten
+from fedbe.federation.record import flatten
 
 
 def offline_records(path: Path) -> list[Record]:

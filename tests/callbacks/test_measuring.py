@@ -4,10 +4,10 @@ import pytest
 import torch
 from toy import toy_loop
 
-from fedbe.callback import FederatedCallback
 from fedbe.callbacks import CommunicationCallback, ConvergenceCallback, RetentionCallback
 from fedbe.evaluation import GeneralTask, TaskScore
-from fedbe.update import payload_bytes
+from fedbe.federation.callback import FederatedCallback
+from fedbe.messages import payload_bytes
 
 
 class Drift(GeneralTask):

@@ -5,8 +5,8 @@ import pytest
 from rich.console import Console
 
 from fedbe.callbacks import PlotCallback, ProgressCallback, summary_table
-from fedbe.callbacks.figures import learning_figure, spread
-from fedbe.callbacks.report import readable_bytes, readable_seconds
+from fedbe.figures.learning import learning_figure, spread
+from fedbe.figures.tables import readable_bytes, readable_seconds
 
 
 def progress(terminal):

@@ -10,7 +10,7 @@ from toy import toy_loop
 from fedbe.callbacks import EarlyStopping, KeepBest, metric_value
 from fedbe.callbacks.stopping import without_improvement
 from fedbe.errors import ConfigError
-from fedbe.records import metric_paths
+from fedbe.federation.record import metric_paths
 
 
 def run(loop, record, accuracies, **changes):

@@ -11,7 +11,7 @@ import yaml
 from comparison.runs import dial, write_run
 
 from fedbe.assets import micro_path
-from fedbe.cli import main
+from fedbe.cli.main import main
 from fedbe.comparison import compare, read_comparison
 from fedbe.comparison.execution import DialJob, Job, carry_out, start_process
 from fedbe.errors import ConfigError

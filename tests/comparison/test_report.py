@@ -3,7 +3,7 @@ import csv
 import pytest
 from comparison.runs import dial, result, write_run
 
-from fedbe.cli import main
+from fedbe.cli.main import main
 from fedbe.comparison.compare import best_rate, write
 from fedbe.comparison.figures import looks, pareto_figure
 from fedbe.comparison.report import page

@@ -13,9 +13,8 @@ from fedbe.datamodules import (
     DirichletPartitioner,
     NaturalPartitioner,
     describe_partition,
-    plot_partition,
-    print_partition,
 )
+from fedbe.figures.partition import plot_partition, print_partition
 
 
 def printed(shares: list[ClientShare]) -> str:

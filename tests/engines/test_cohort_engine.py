@@ -6,17 +6,18 @@ from toy import ToyData, resumed, tiny_llama, toy_loop
 from transformers import BertConfig, BertForSequenceClassification
 
 from fedbe.algorithms import BlockExpansion, FedAvg, FedBE, FedIT, FLoRA, Gated, Unfreeze
-from fedbe.callback import FederatedCallback
 from fedbe.callbacks import CheckpointCallback
-from fedbe.client import Schedule
-from fedbe.config import Client, Federation, check_cohort_engine
+from fedbe.client.schedule import Schedule
+from fedbe.config.rules import check_cohort_engine
+from fedbe.config.sections import Client, Federation
 from fedbe.engines import CohortEngine
-from fedbe.engines.cohort import check_one_pass
 from fedbe.engines.forked import check_workers
+from fedbe.engines.one_pass.engine import check_one_pass
 from fedbe.errors import ConfigError
 from fedbe.expansion import FixedPlacement
+from fedbe.federation.callback import FederatedCallback
 from fedbe.objectives import Anchor, FedProx, Plain
-from fedbe.prefix import PrefixReuse
+from fedbe.prefix.store import PrefixReuse
 
 
 class Recorder(FederatedCallback):
@@ -267,7 +268,7 @@ def test_auto_takes_what_was_measured_and_leaves_no_trace(tmp_path, monkeypatch,
         seen.append(most)
         return {1: 1.0, 2: 0.5 if fastest == 2 else 2.0}
 
-    monkeypatch.setattr("fedbe.engines.cohort.measured", measured)
+    monkeypatch.setattr("fedbe.engines.one_pass.engine.measured", measured)
     loop, updates = run(tmp_path / "auto", "auto")
     assert loop.engine.state_dict() == loop.summary["engine"] == {"clients_in_one_pass": fastest} and seen == [4]
     monkeypatch.undo()

@@ -11,12 +11,12 @@ import torch
 from toy import ToyData, toy_loop
 
 from fedbe.algorithms import BlockExpansion, FedBE, FedIT, FedSALoRA, FLoRA, HetLoRA, LocalOnly, SLoRA
-from fedbe.callback import FederatedCallback
 from fedbe.engines import ForkedEngine
 from fedbe.engines.forked import check_workers
 from fedbe.errors import ConfigError
+from fedbe.federation.callback import FederatedCallback
 from fedbe.objectives import Scaffold
-from fedbe.prefix import PrefixReuse, Store
+from fedbe.prefix.store import PrefixReuse, Store
 
 pytestmark = pytest.mark.skipif(bool(check_workers(2, "")), reason="needs fork, and no accelerator")
 

@@ -12,12 +12,12 @@ from toy import tiny_llama
 sys.path.append(str(Path(__file__).parent.parent / "expansion"))
 from families import FAMILIES, VOCABULARY, batch, perturb, tiny
 
-from fedbe.engines.one_pass import OnePass, OnePassError, concatenated, padded
-from fedbe.engines.one_pass_trial import quickest, verify_one_pass
+from fedbe.engines.one_pass.forward import OnePass, OnePassError, concatenated, padded
+from fedbe.engines.one_pass.trial import quickest, verify_one_pass
 from fedbe.expansion import block_parameter_names, enable_gradient_checkpointing, expand_blocks, head_parameter_names
-from fedbe.models import forward_options
+from fedbe.modeling.base_model import forward_options
+from fedbe.modeling.tensors import copy_tensors
 from fedbe.seeding import generator
-from fedbe.update import copy_tensors
 
 
 def expanded(family):

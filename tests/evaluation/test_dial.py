@@ -4,9 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import ToyData, toy_loop
 
+from fedbe.dial.measure import measure_dial
 from fedbe.evaluation import GeneralTask, TaskScore
-from fedbe.evaluation.dial import DialPoint, choose_factor, harmonic_mean, measure_dial, recorded_points
-from fedbe.update import copy_tensors
+from fedbe.evaluation.dial import DialPoint, choose_factor, harmonic_mean, recorded_points
+from fedbe.modeling.tensors import copy_tensors
 
 
 def points(*triples):

@@ -4,9 +4,9 @@ from torch.nn.functional import cross_entropy
 
 from fedbe.errors import ConfigError
 from fedbe.evaluation import NextTokenTask, SampledTextTask
-from fedbe.evaluation.next_token import pack
-from fedbe.evaluation.sampling import draw, sample_sequences
-from fedbe.evaluation.text import evenly_spread
+from fedbe.text.packing import pack
+from fedbe.text.sampling import draw, sample_sequences
+from fedbe.text.tokens import evenly_spread
 
 
 def test_packing_puts_a_begin_token_before_each_document_and_ignores_the_filling():

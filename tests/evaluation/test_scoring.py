@@ -5,12 +5,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from fedbe.data import IGNORED
-from fedbe.evaluation.scoring import (
-    evaluation_mode,
-    ratio_standard_error,
-    sequence_statistics,
-    token_statistics,
-)
+from fedbe.evaluation.scoring import ratio_standard_error, sequence_statistics, token_statistics
+from fedbe.modeling.passes import evaluation_mode
 
 
 @given(st.integers(1, 4), st.integers(2, 6), st.integers(2, 5), st.integers(0, 2**31), st.booleans())

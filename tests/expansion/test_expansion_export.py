@@ -9,15 +9,7 @@ import transformers as hf
 from transformers import PreTrainedModel
 
 from fedbe.errors import ConfigError, ExpansionError
-from fedbe.expansion import (
-    Expansion,
-    expand_blocks,
-    head_parameter_names,
-    load,
-    read_expansion,
-    rescale,
-    save_model,
-)
+from fedbe.expansion import Expansion, expand_blocks, head_parameter_names, load, read_expansion, rescale, save_model
 from tests.expansion.families import FAMILIES, GATED, logits, perturb, tiny
 
 

@@ -14,8 +14,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fedbe.errors import ExpansionError
 from fedbe.expansion import Expansion, IdentityRule, expand_blocks, resolve_positions, scale_blocks
-from fedbe.expansion.architecture import expressed_by_config, find_blocks
-from fedbe.expansion.verification import observe, probe_inputs
+from fedbe.modeling.architecture import expressed_by_config, find_blocks
+from fedbe.modeling.verification import observe, probe_inputs
 from tests.expansion.families import FAMILIES, logits, perturb, tiny
 
 RULE = IdentityRule("zero-writers", ("self_attn.o_proj", "mlp.down_proj"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from fedbe.algorithms.lora_layers import inject
+from fedbe.adaptation.lora_layers import inject
 from fedbe.errors import ExpansionError
 from fedbe.expansion import (
     Expansion,

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbe.errors import UpdateError
-from fedbe.expansion.figures import placement_figure
 from fedbe.expansion.placement import (
     AdaptivePlacement,
     Choice,
@@ -22,6 +21,7 @@ from fedbe.expansion.placement import (
     share_left,
 )
 from fedbe.expansion.probe import ProbeReport
+from fedbe.figures.placement import placement_figure
 from fedbe.seeding import generator
 
 SCORES = (1.0, 4.0, 3.9, 1.0, 2.0, 0.1)

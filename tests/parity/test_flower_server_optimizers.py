@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedbe.aggregation import FedAdagrad, FedAdam, FedAvgM, FedYogi, HolderMean
-from fedbe.update import Update
+from fedbe.messages import Update
 
 common = pytest.importorskip("flwr.common")
 flower = pytest.importorskip("flwr.server.strategy")

@@ -13,10 +13,10 @@ from test_cli import config, run  # noqa: F401
 from toy import resumed, tiny_llama, toy_loop
 
 import fedbe.storage.checkpoint
-from fedbe.callback import FederatedCallback
 from fedbe.callbacks import CheckpointCallback
+from fedbe.config.build import stopping_on_interrupt
 from fedbe.errors import ConfigError, FedBEError
-from fedbe.fit import stopping_on_interrupt
+from fedbe.federation.callback import FederatedCallback
 from fedbe.storage.checkpoint import Checkpoints, load_tensors, read_checkpoint, save_tensors
 from fedbe.storage.files import replacing
 from fedbe.storage.metrics_file import MetricsFile

@@ -1,0 +1,1 @@
+"""Controls: local training only, and pooled data."""

@@ -1,0 +1,1 @@
+"""Algorithms that train low-rank adapters."""

@@ -1,0 +1,5 @@
+"""The command line: ``fedbe fit | compare | partition | dial | export | pretrain | bench``."""
+
+from fedbe.cli.main import main
+
+__all__ = ["main"]

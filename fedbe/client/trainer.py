@@ -1,0 +1,105 @@
+"""The arguments of each client's `L.Trainer`, and what keeps one from training a client."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from fedbe.errors import Problem
+
+QUIET: Mapping[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""What every client's Trainer leaves to the run."""
+
+
+def trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a client's `L.Trainer`: those given, on one device, one epoch where nothing else is said.
+
+    Args:
+        given: The configuration's section ``trainer``; ``None`` stands for Lightning's default.
+    """
+    options = {key: value for key, value in given.items() if value is not None}
+    if options.get("devices", "auto") == "auto":
+        options["devices"] = 1
+    if options.get("max_steps", -1) == -1 and "max_time" not in options:
+        options.setdefault("max_epochs", 1)
+    return options
+
+
+def local_steps(options: Mapping[str, Any], batches: int) -> int:
+    """Return how many optimizer steps a client takes in a round.
+
+    Args:
+        options: The arguments of its `L.Trainer`: ``max_steps``, ``max_epochs``, ``limit_train_batches`` and
+            ``accumulate_grad_batches`` count.
+        batches: Number of its batches.
+    """
+    per_epoch = math.ceil(epoch_batches(options, batches) / options.get("accumulate_grad_batches", 1))
+    steps, epochs = options.get("max_steps", -1), options.get("max_epochs", -1)
+    limits = [steps] if steps > 0 else []
+    return int(min([*limits, *([epochs * per_epoch] if epochs > 0 else [])]))
+
+
+def epoch_batches(options: Mapping[str, Any], batches: int) -> int:
+    """Return how many of a client's batches it takes in an epoch, as ``limit_train_batches`` says."""
+    limit = options.get("limit_train_batches", 1.0)
+    return min(batches, limit) if isinstance(limit, int) else int(limit * batches)
+
+
+def check_trainer(options: Mapping[str, Any], dtype: str, schedule: str) -> list[Problem]:
+    """Return what keeps an `L.Trainer` with these arguments from training a client.
+
+    Args:
+        options: As `trainer_options` gives them.
+        dtype: Type of the resident weights.
+        schedule: Name of the learning-rate schedule.
+    """
+    problems = [*_check_length(options, schedule), *_check_precision(options, dtype)]
+    try:
+        trainer = L.Trainer(**QUIET, **options)
+    except Exception as error:  # Lightning raises several kinds, none of them its own
+        given = inspect.signature(L.Trainer).parameters
+        chosen = {name: value for name, value in options.items() if value != given[name].default}
+        named = {name: value for name, value in chosen.items() if name in str(error) or str(value) in str(error)}
+        return [*problems, Problem("trainer", named or chosen, str(error))]
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        kind = type(trainer.strategy).__name__
+        remedy = f"gives {kind}; a client trains on one device: set trainer.devices to 1 and leave the strategy out"
+        problems.append(Problem("trainer.devices", options.get("devices"), remedy))
+    return problems
+
+
+def _check_length(options: Mapping[str, Any], schedule: str) -> list[Problem]:
+    steps, epochs = options.get("max_steps", -1), options.get("max_epochs", -1)
+    problems = []
+    if steps == 0 or steps < -1:
+        problems.append(Problem("trainer.max_steps", steps, "give 1 or more, or leave it out for whole epochs"))
+    if steps == -1 and epochs == 0:
+        problems.append(Problem("trainer.max_epochs", epochs, "give 1 or more"))
+    if steps == -1 and epochs == -1 and "max_time" not in options:
+        problems.append(Problem("trainer.max_epochs", epochs, "never ends: give max_steps, max_epochs or max_time"))
+    if "max_time" in options and steps == -1 and epochs == -1 and schedule != "constant":
+        remedy = "a schedule that ends needs a number of steps: give trainer.max_steps, or schedule.name: constant"
+        problems.append(Problem("trainer.max_time", options["max_time"], remedy))
+    for name in ("accumulate_grad_batches", "gradient_clip_val"):
+        if options.get(name, 1) < 0 or (name.startswith("acc") and options.get(name, 1) < 1):
+            problems.append(Problem(f"trainer.{name}", options[name], "give a number above 0, or leave it out"))
+    if options.get("limit_train_batches") == 0:
+        problems.append(Problem("trainer.limit_train_batches", 0, "leaves nothing to train on: leave it out"))
+    return problems
+
+
+def _check_precision(options: Mapping[str, Any], dtype: str) -> list[Problem]:
+    whole = {"bf16-true": "bfloat16", "16-true": "float16", "32-true": "float32", "64-true": "float64"}
+    wanted = whole.get(str(options.get("precision", "")))
+    if wanted in (None, dtype) or (wanted == "float32" and dtype != "float32"):
+        return []
+    remedy = f"would cast the resident {dtype} weights: set model.dtype to {wanted}, or use a `-mixed` precision"
+    return [Problem("trainer.precision", options["precision"], remedy)]

@@ -1,0 +1,1 @@
+"""The dial of a finished run."""

@@ -1,0 +1,112 @@
+"""A finished run taken up again: its folder, its configuration, and the model that it ended with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedbe.config.build import build
+from fedbe.config.parser import read_run, run_parser
+from fedbe.config.run import RunConfig
+from fedbe.errors import ConfigError, Problem
+from fedbe.federation.loop import FederatedLoop
+from fedbe.objectives import Plain
+from fedbe.storage.checkpoint import BEST, Checkpoints, load_tensors
+from fedbe.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that came to its end.
+
+    Attributes:
+        folder: Its folder.
+        summary: Its `summary.json`.
+        run: Its configuration, without loggers and callbacks of its own: nothing is trained any more.
+        config: The resolved configuration.
+    """
+
+    folder: RunFolder
+    summary: Mapping[str, Any]
+    run: RunConfig
+    config: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> FinishedRun:
+        """Return the run in a folder; its weights and data are not loaded yet.
+
+        Raises:
+            ConfigError: There is no finished run, or its configuration cannot be read any more.
+        """
+        folder = RunFolder(path)
+        summary = read_summary(folder)
+        run, config = read_run(run_parser("fit"), [f"--config={folder.config}", "--logger=none"])
+        client = replace(run.client, objective=Plain())
+        return cls(folder, summary, replace(run, client=client, callbacks=(), logger="none"), config)
+
+    def open(self, general_tasks: bool = True) -> tuple[FederatedLoop, dict[str, Tensor]]:
+        """Return the loop with the model that the run ended with, and the global tensors that it started from.
+
+        Args:
+            general_tasks: Whether general tasks are to be scored; without, they are not prepared.
+
+        Raises:
+            ConfigError: The configuration cannot run any more, or the tensors are gone or do not fit it.
+        """
+        run = self.run if general_tasks else replace(self.run, general_tasks=())
+        state, tensors = self._read_checkpoint()
+        loop = build(run, self.config)
+        loop.folder = self.folder
+        loop.setup()
+        start = loop.state
+        loop.algorithm.load_state_dict(state["algorithm"])
+        names = loop.algorithm.state_names
+        missing = sorted(set(names) - tensors.keys())
+        if missing:
+            remedy = f"lacks {missing[0]}: it belongs to another configuration than {self.folder.config}"
+            raise ConfigError(Problem("run", str(self.folder.checkpoints), remedy))
+        loop.restore({name: tensors[name] for name in names})
+        return loop, start
+
+    def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the state at the run's end, and the tensors of its model: of the last round or of the one kept."""
+        last = next(
+            Checkpoints(self.folder.checkpoints).newest_first(), self.folder.checkpoints / "round_*.safetensors"
+        )
+        state, tensors = self._load(last)
+        done = state["progress"]["completed"]
+        if done != self.summary["rounds"]:
+            remedy = f"was written after round {done}, and the run ended after round {self.summary['rounds']}"
+            raise ConfigError(Problem("run", str(last), remedy))
+        if self.summary.get("kept_round") is not None:
+            _, tensors = self._load(self.folder.checkpoints / BEST)
+        return state, tensors
+
+    @staticmethod
+    def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        try:
+            tensors, state = load_tensors(path)
+        except (OSError, SafetensorError, ValueError) as error:
+            remedy = f"cannot be read, and the model cannot be made without it: {error}"
+            raise ConfigError(Problem("run", str(path), remedy)) from error
+        return state, tensors
+
+
+def read_summary(folder: RunFolder) -> dict[str, Any]:
+    """Return the figures of a finished run.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    try:
+        summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        remedy = f"holds no finished run ({' '.join(str(error).split())}); give a run's folder"
+        raise ConfigError(Problem("run", str(folder.path), remedy)) from error
+    return summary

@@ -1,0 +1,1 @@
+"""Rounds over clients: the loop, a round, the hooks, and who takes part."""

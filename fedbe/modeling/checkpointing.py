@@ -1,0 +1,67 @@
+"""Gradient checkpointing that does not depend on the training mode of a block."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+
+from fedbe.modeling.architecture import find_blocks
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute the blocks' activations in the backward pass, from the lowest trained block up.
+
+    ``transformers`` checkpoints a block only in training mode, in which a frozen block would apply its dropout, and
+    it makes the embeddings require gradients, which sends the backward pass through every frozen block. Here a block
+    is checkpointed whenever a gradient passes through it, in either mode; its own switch is turned off. Key-value
+    caches are dropped meanwhile, as ``transformers`` does: recomputation would write them twice.
+
+    Source: ours, on ``torch.utils.checkpoint`` without reentrance.
+    """
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010
+    if getattr(model, "_require_grads_hooks", None):
+        model.disable_input_require_grads()  # type: ignore[no-untyped-call]
+    for block in find_blocks(model).blocks:
+        block.forward = CheckpointedForward(block)
+
+
+def hf_checkpointing_enabled(model: nn.Module) -> bool:
+    """Return whether ``transformers``' own gradient checkpointing is on."""
+    # An attribute that a module lacks takes long to miss, and this is asked before each client trains.
+    return any(vars(module).get("gradient_checkpointing", False) for module in model.modules())
+
+
+class CheckpointedForward:
+    """The forward pass of one block under checkpointing; an object, so that a copied block gets its own.
+
+    Args:
+        block: The block whose class defines the forward pass.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Run the block, checkpointed if a gradient will pass through it."""
+        forward = type(self.block).forward
+        if not self._needs_gradient((*args, *kwargs.values())):
+            return forward(self.block, *args, **kwargs)
+        args = tuple(_without_cache(value) for value in args)
+        kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        return checkpoint(partial(forward, self.block, **kwargs), *args, use_reentrant=False)
+
+    def _needs_gradient(self, values: tuple[object, ...]) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        passed = any(isinstance(value, Tensor) and value.requires_grad for value in values)
+        return passed or any(parameter.requires_grad for parameter in self.block.parameters())
+
+
+def _without_cache(value: object) -> object:
+    return None if isinstance(value, Cache) else value

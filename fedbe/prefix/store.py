@@ -1,0 +1,149 @@
+"""Where the outputs of frozen blocks are kept."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedbe.errors import Problem
+
+KEY = "prefix"
+
+
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class PrefixReuse:
+    """Keep the outputs of the frozen blocks below all that is trained, sequence by sequence.
+
+    Training, validation and general tasks alike take a sequence's outputs from there from the second time on. Each
+    sequence is computed alone, so that the result does not depend on what else was in its batch: to the bit the same
+    however often a run is continued, and equal to a run without this up to rounding. Nothing below may be random
+    (frozen blocks drop nothing) or trained.
+
+    Attributes:
+        gib: Most that is kept, in GiB; what comes after is computed anew each time.
+        on_disk: Whether it is kept in a temporary file, mapped into memory, instead of in memory.
+        folder: Where the file lies; ``null`` for the system's folder of temporary files.
+
+    Source: ours.
+    """
+
+    gib: float = 1.0
+    on_disk: bool = False
+    folder: Path | None = None
+
+    def check(self, key: str = KEY) -> list[Problem]:
+        """Return what is wrong with the size or the folder."""
+        problems = [] if self.gib > 0 else [Problem(f"{key}.gib", self.gib, "give a size above 0")]
+        if self.folder is not None and not self.folder.is_dir():
+            problems.append(Problem(f"{key}.folder", str(self.folder), "there is no such folder"))
+        return problems
+
+    def store(self, parts: int = 1) -> Store:
+        """Return an empty store, for so many processes."""
+        folder = (self.folder or Path(tempfile.gettempdir())) if self.on_disk else None
+        return Store(int(self.gib * 2**30), folder, parts)
+
+
+@dataclass
+class News:
+    """What a process has kept and looked up, since it was last asked, in a store that it shares with others.
+
+    Attributes:
+        places: Key → where in the buffer its tensor lies.
+        ends: How far the process has filled its part of the buffer, by the part's number.
+        hits: How many keys it found.
+        misses: How many it did not find.
+    """
+
+    places: dict[bytes, tuple[int, torch.Size, torch.dtype]] = field(default_factory=dict)
+    ends: dict[int, int] = field(default_factory=dict)
+    hits: int = 0
+    misses: int = 0
+
+
+class Store:
+    """Tensors by key in one buffer of fixed size, which takes up space only as it fills.
+
+    Processes forked from this one have the same buffer. Each fills a part of its own (`join`), one tensor after
+    another, and others find what it has kept once they have taken in its `news` (`learn`).
+
+    Args:
+        size: Bytes.
+        folder: Where to keep the buffer as a file; ``None`` for memory.
+        parts: In how many equal parts it is filled.
+
+    Attributes:
+        hits: How many keys were found.
+        misses: How many were not.
+    """
+
+    def __init__(self, size: int, folder: Path | None = None, parts: int = 1) -> None:
+        if folder is None:
+            self._buffer = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        else:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix="fedbe-prefix-") as file:
+                self._buffer = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+        self._places: dict[bytes, tuple[int, torch.Size, torch.dtype]] = {}
+        self._starts = [_aligned(part * (size // parts)) for part in range(parts)] + [size]
+        self._ends = self._starts[:-1]
+        self._part, self._news = 0, News()
+        self.hits = self.misses = 0
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def used(self) -> int:
+        """How many bytes are taken."""
+        return sum(self._ends) - sum(self._starts[:-1])
+
+    def get(self, key: bytes) -> Tensor | None:
+        """Return what is kept under a key."""
+        if key not in self._places:
+            self.misses += 1
+            return None
+        self.hits += 1
+        start, shape, dtype = self._places[key]
+        return self._buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def put(self, key: bytes, tensor: Tensor) -> bool:
+        """Keep a tensor, if there is room."""
+        start, size = self._ends[self._part], tensor.numel() * tensor.element_size()
+        if start + size > self._starts[self._part + 1]:
+            return False
+        self._places[key] = (start, tensor.shape, tensor.dtype)
+        if self._part:
+            self._news.places[key] = self._places[key]
+        self._buffer[start : start + size] = tensor.cpu().contiguous().view(-1).view(torch.uint8)
+        self._ends[self._part] = _aligned(start + size)
+        return True
+
+    def join(self, part: int) -> None:
+        """Fill this part from now on, in a process that was forked; part 0 is for the one they were forked from."""
+        self._part = part
+        self.hits = self.misses = 0
+
+    def news(self) -> News:
+        """Return what this process has kept and looked up since it joined or was last asked."""
+        news = replace(self._news, ends={self._part: self._ends[self._part]}, hits=self.hits, misses=self.misses)
+        self._news, self.hits, self.misses = News(), 0, 0
+        return news
+
+    def learn(self, news: News) -> None:
+        """Take in what another process has kept."""
+        self._places |= news.places
+        for part, end in news.ends.items():
+            self._ends[part] = end
+        self.hits, self.misses = self.hits + news.hits, self.misses + news.misses
+
+
+def _aligned(place: int) -> int:
+    return -(-place // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,1 @@
+"""Training the small base model that comes with fedbe."""

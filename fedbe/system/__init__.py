@@ -1,0 +1,1 @@
+"""The machine a run is on, and the libraries it uses."""
