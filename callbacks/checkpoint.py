@@ -1,10 +1,8 @@
 """What it takes to continue a run, on disk after each round."""
 
-from collections.abc import Collection
-
-from fedbe.errors import Problem, check_at_least
-from fedbe.federation.callback import FederatedCallback
-from fedbe.federation.loop import FederatedLoop
+from fedbe.errors import Facts, Problem, check_at_least
+from fedbe.federation.callback import FederatedCallback, Phase
+from fedbe.federation.view import RunView
 from fedbe.storage.checkpoint import Checkpoints
 from fedbe.storage.kept_outcomes import KeptOutcomes
 
@@ -21,29 +19,29 @@ class CheckpointCallback(FederatedCallback):
             does not train them again. It takes the space of a cohort's updates.
     """
 
+    phase = Phase.SAVE
+
     def __init__(self, every_n_rounds: int = 1, keep: int = 2, each_client: bool = False) -> None:
         self.every_n_rounds = every_n_rounds
         self.keep = keep
         self.each_client = each_client
 
-    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the numbers."""
         return check_at_least(key, 1, every_n_rounds=self.every_n_rounds, keep=self.keep)
 
-    def on_run_start(self, loop: FederatedLoop) -> None:
-        """Have the loop keep what clients send, if that is asked for."""
+    def on_run_start(self, run: RunView) -> None:
+        """Have what clients send kept, if that is asked for."""
         if self.each_client:
-            loop.kept_outcomes = KeptOutcomes(loop.folder.checkpoints / "round", loop.identity)
+            run.keep_outcomes(KeptOutcomes(run.folder.checkpoints / "round", run.identity))
 
-    def on_round_written(self, loop: FederatedLoop) -> None:
-        """Save the tensors and the loop's state in one file.
+    def on_round_written(self, run: RunView) -> None:
+        """Save the tensors and the run's state in one file.
 
         Raises:
-            FedBEError: The disk is full; the checkpoints before this one are intact.
+            StorageError: The disk is full; the checkpoints before this one are intact.
         """
-        if loop.progress.completed % self.every_n_rounds == 0 or loop.done or loop.interrupted:
-            Checkpoints(loop.folder.checkpoints, self.keep).save(
-                loop.progress.completed, loop.tensors(), loop.state_dict()
-            )
-            if loop.kept_outcomes is not None:
-                loop.kept_outcomes.clear()
+        if run.completed % self.every_n_rounds == 0 or run.done or run.interrupted:
+            Checkpoints(run.folder.checkpoints, self.keep).save(run.completed, *run.checkpoint())
+            if run.kept_outcomes is not None:
+                run.kept_outcomes.clear()

@@ -1,12 +1,11 @@
 """How quickly a run learns its downstream task."""
 
-from collections.abc import Collection
 from dataclasses import asdict
 
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 from fedbe.evaluation.convergence import Point, best, curve, first_reaching, level_of_gain, mean_accuracy
-from fedbe.federation.callback import FederatedCallback
-from fedbe.federation.loop import FederatedLoop
+from fedbe.federation.callback import FederatedCallback, Phase
+from fedbe.federation.view import RunView
 
 _SHARE = 0.9
 
@@ -21,20 +20,22 @@ class ConvergenceCallback(FederatedCallback):
         target: Downstream accuracy on the validation data to wait for, in (0, 1]; ``None`` for none.
     """
 
+    phase = Phase.MEASURE
+
     def __init__(self, target: float | None = None) -> None:
         self.target = target
 
-    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the target."""
         if self.target is not None and not 0 < self.target <= 1:
             return [Problem(f"{key}.target", self.target, "an accuracy is above 0 and at most 1.")]
         return []
 
-    def on_run_end(self, loop: FederatedLoop) -> None:
+    def on_run_end(self, run: RunView) -> None:
         """Add what the history shows to the summary."""
-        points = curve(loop.history)
+        points = curve(run.history)
         level = level_of_gain(points, _SHARE)
-        loop.summary["convergence"] = {
+        figures = {
             "target": self.target,
             "to_target": _cost(points, self.target),
             "to_90_percent_of_gain": _cost(points, level),
@@ -42,6 +43,7 @@ class ConvergenceCallback(FederatedCallback):
             "mean_accuracy": mean_accuracy(points),
             "curve": [asdict(point) for point in points],
         }
+        run.summarise(convergence=figures)
 
 
 def _cost(points: list[Point], target: float | None) -> dict[str, float] | None:

@@ -1,16 +1,16 @@
 """Clients that fail or lie on purpose, to see what a run does about it."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
-from fedbe.errors import Problem
-from fedbe.federation.callback import FederatedCallback
-from fedbe.federation.loop import FederatedLoop
-from fedbe.messages import ClientTask, Failure, FailureKind, Outcome, Update
+from fedbe.errors import Facts, Problem
+from fedbe.federation.callback import FederatedCallback, Phase
+from fedbe.federation.view import RunView
+from fedbe.messages import Failure, FailureKind, FitTask, Outcome, Update
 from fedbe.seeding import generator
 
 Corruption = Callable[[Update, Mapping[str, Tensor], float, torch.Generator], Update]
@@ -54,6 +54,8 @@ _FAILURES = [kind for kind in get_args(FailureKind) if kind != "update"]
 class FaultInjection(FederatedCallback):
     """Lets chosen clients fail, or send something else than they trained.
 
+    It comes before all that measures: what it puts in an update's place is what has arrived.
+
     Args:
         kind: ``error``, ``timeout`` or ``memory``: nothing comes of the client. ``nan``, ``infinity``, ``shape``,
             ``dtype``, ``name``, ``zero_weight``, ``negative_weight``: what it sends is broken. ``sign_flip``,
@@ -63,6 +65,8 @@ class FaultInjection(FederatedCallback):
         probability: Chance of each client in each round, in (0, 1].
         factor: Length of an attack ÷ that of the true change.
     """
+
+    phase = Phase.GUARD
 
     def __init__(
         self,
@@ -78,7 +82,12 @@ class FaultInjection(FederatedCallback):
         self.probability = probability
         self.factor = factor
 
-    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
+    @property
+    def state_key(self) -> str:
+        """Its arguments: several may be in one run."""
+        return f"{super().state_key} {vars(self)}"
+
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the arguments."""
         problems = []
         known = [*_FAILURES, *CORRUPTIONS]
@@ -90,16 +99,16 @@ class FaultInjection(FederatedCallback):
             problems.append(Problem(f"{key}.factor", self.factor, "give a number above 0"))
         return problems
 
-    def on_client_update(self, loop: FederatedLoop, task: ClientTask, update: Update) -> Outcome | None:
+    def on_client_update(self, run: RunView, task: FitTask, update: Update) -> Outcome | None:
         """Put something else in the place of the update, if it is the client's turn."""
         number = task.round_index + 1
         if (self.clients is not None and task.client_id not in self.clients) or (
             self.rounds is not None and number not in self.rounds
         ):
             return None
-        chance = generator(loop.seed, "fault", self.kind, *task.purpose)
+        chance = generator(run.seed, "fault", self.kind, *task.purpose)
         if torch.rand((), generator=chance).item() >= self.probability:
             return None
         if self.kind in _FAILURES:
             return Failure(task.client_id, cast(FailureKind, self.kind), f"{self.kind}, injected")
-        return CORRUPTIONS[self.kind](update, loop.state, self.factor, chance)
+        return CORRUPTIONS[self.kind](update, run.state, self.factor, chance)

@@ -1,27 +1,35 @@
 """The run on a dashboard: Weights & Biases, or any other logger of Lightning."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
-from fedbe.errors import Problem, check_at_least
-from fedbe.federation.callback import FederatedCallback
-from fedbe.federation.loop import FederatedLoop
+from fedbe.errors import Facts, Problem, check_at_least
+from fedbe.federation.callback import FederatedCallback, Phase
 from fedbe.federation.record import flatten
-from fedbe.messages import ClientTask, Update
+from fedbe.federation.view import RunView
+from fedbe.messages import FitTask, Update
 
 
 class LoggingCallback(FederatedCallback):
-    """Writes the run to `loop.logger`, one row a round; without a logger it does nothing.
+    """Writes the run to its logger, one row a round; without a logger it does nothing.
 
-    ``round/*`` are the round's figures over the round, ``client/<id>/*`` a client's over the number of rounds it has
-    taken part in (``client/<id>/step``). Weights & Biases also gets the configuration, the allocation, a table of
-    retention and the pictures, and its run is closed however the federation ends.
+    ``round/*`` are the round's figures over the round, what callbacks have logged among them, and ``client/<id>/*`` a
+    client's over the number of rounds in which it was heard (``client/<id>/step``). Weights & Biases also gets the
+    configuration, the allocation, a table of retention and the pictures, and its run is closed however the federation
+    ends.
+
+    Rounds after the checkpoint from which a run is continued are logged again. `CSVLog` replaces them, and TensorBoard
+    hides them where the logger was built with a ``purge_step``. Weights & Biases only adds rows: it holds such a round
+    twice, with the same ``round`` and, up to measured times, the same values. Lightning's own `CSVLogger` deletes the
+    rows of the run before.
 
     Args:
         max_clients: Clients that get series of their own, the first of the data module.
     """
+
+    phase = Phase.LOG
 
     def __init__(self, max_clients: int = 50) -> None:
         self.max_clients = max_clients
@@ -30,19 +38,19 @@ class LoggingCallback(FederatedCallback):
         self._defined: set[str] = set()
         self._open = False
 
-    def check(self, key: str, metrics: Collection[str] = ()) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the number."""
         return check_at_least(key, 0, max_clients=self.max_clients)
 
-    def on_run_start(self, loop: FederatedLoop) -> None:
+    def on_run_start(self, run: RunView) -> None:
         """Open the run and log the configuration."""
-        if loop.logger is None:
+        if run.logger is None:
             return
-        self._followed = list(loop.data.client_ids)[: self.max_clients]
-        loop.logger.log_hyperparams(dict(loop.config))
+        self._followed = list(run.client_ids)[: self.max_clients]
+        run.logger.log_hyperparams(dict(run.config))
         self._open = True
 
-    def on_client_end(self, loop: FederatedLoop, task: ClientTask, update: Update) -> None:
+    def on_client_end(self, run: RunView, task: FitTask, update: Update) -> None:
         """Collect the figures of one client."""
         if not self._open or task.client_id not in self._followed:
             return
@@ -51,30 +59,30 @@ class LoggingCallback(FederatedCallback):
         space = f"client/{task.client_id}"
         self._clients[f"{space}/step"] = {f"{space}/{name}": value for name, value in figures.items()}
 
-    def on_round_written(self, loop: FederatedLoop) -> None:
+    def on_round_written(self, run: RunView) -> None:
         """Log the round and its clients as one row."""
-        if loop.logger is None:
+        if run.logger is None:
             return
-        by_axis = {"round": _round_figures(loop.record), **self._clients}
+        by_axis = {"round": _round_figures(run.history[-1]), **self._clients}
         self._clients = {}
         metrics = {name: value for figures in by_axis.values() for name, value in figures.items()}
-        if isinstance(loop.logger, WandbLogger):
-            self._define_axes(loop.logger, by_axis)
+        if isinstance(run.logger, WandbLogger):
+            self._define_axes(run.logger, by_axis)
             # A `step` would become another axis; the rows carry their own: "round" and "client/<id>/step".
-            loop.logger.log_metrics(metrics)
+            run.logger.log_metrics(metrics)
         else:
-            loop.logger.log_metrics(metrics, step=loop.record["round"])
-            loop.logger.save()
+            run.logger.log_metrics(metrics, step=run.record.round)
+            run.logger.save()
 
-    def on_exception(self, loop: FederatedLoop, exception: BaseException) -> None:
+    def on_exception(self, run: RunView, exception: BaseException) -> None:
         """Close the run as failed."""
-        self._close(loop, "failed")
+        self._close(run, "failed")
 
-    def on_run_written(self, loop: FederatedLoop) -> None:
+    def on_run_written(self, run: RunView) -> None:
         """Log tables and pictures, and close the run."""
-        if isinstance(loop.logger, WandbLogger):
-            _log_results(loop, loop.logger, self._followed)
-        self._close(loop, "success")
+        if isinstance(run.logger, WandbLogger):
+            _log_results(run, run.logger, self._followed)
+        self._close(run, "success")
 
     def state_dict(self) -> dict[str, Any]:
         """Return how often each client has taken part."""
@@ -96,13 +104,13 @@ class LoggingCallback(FederatedCallback):
                     logger.experiment.define_metric(name, step_metric=None if name == axis else axis)
                     self._defined.add(name)
 
-    def _close(self, loop: FederatedLoop, status: str) -> None:
-        if loop.logger is None or not self._open:
+    def _close(self, run: RunView, status: str) -> None:
+        if run.logger is None or not self._open:
             return
         self._open = False
-        loop.logger.finalize(status)
-        if isinstance(loop.logger, WandbLogger):
-            loop.logger.experiment.finish(exit_code=int(status != "success"))
+        run.logger.finalize(status)
+        if isinstance(run.logger, WandbLogger):
+            run.logger.experiment.finish(exit_code=int(status != "success"))
 
 
 def _round_figures(record: Mapping[str, Any]) -> dict[str, float]:
@@ -110,24 +118,24 @@ def _round_figures(record: Mapping[str, Any]) -> dict[str, float]:
     return {"round": record["round"], **{f"round/{name}": value for name, value in figures.items()}}
 
 
-def _log_results(loop: FederatedLoop, logger: WandbLogger, clients: list[str]) -> None:
+def _log_results(run: RunView, logger: WandbLogger, clients: list[str]) -> None:
     import wandb  # here, so that runs without it do not wait for its import
 
-    run = logger.experiment
     results: dict[str, Any] = {
-        f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(loop.folder.plots.glob("*.png"))
+        f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(run.folder.plots.glob("*.png"))
     }
     columns: list[str | int] = ["task", "base", "final", "retention", "delta_ce"]
-    results["tables/retention"] = wandb.Table(columns, list(_retention_rows(loop.summary)))
+    results["tables/retention"] = wandb.Table(columns, list(_retention_rows(run.summary)))
     rows = [
         [record["round"], client, ", ".join(map(str, units))]
-        for record in loop.history
+        for record in run.history
         for client, units in record["allocation"].items()
         if client in clients
     ]
     results["tables/allocation"] = wandb.Table(["round", "client", "blocks"], rows)
-    run.log(results)
-    run.summary.update({name: value for name, value in loop.summary.items() if name not in ("convergence", "versions")})
+    logger.experiment.log(results)
+    shown = {name: value for name, value in run.summary.items() if name not in ("convergence", "versions")}
+    logger.experiment.summary.update(shown)
 
 
 def _retention_rows(summary: Mapping[str, Any]) -> Iterator[list[Any]]:

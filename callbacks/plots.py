@@ -1,17 +1,26 @@
 """Pictures of a run, as files."""
 
-from fedbe.federation.callback import FederatedCallback
-from fedbe.federation.loop import FederatedLoop
+from fedbe.errors import StorageError
+from fedbe.federation.callback import FederatedCallback, Phase
+from fedbe.federation.view import RunView
 from fedbe.figures.learning import figures
+from fedbe.figures.style import save
+from fedbe.system.notice import say
 
 
 class PlotCallback(FederatedCallback):
     """Writes the pictures of a finished run into its folder `plots/`.
 
-    Learning and forgetting by round, by simulated second and by byte; who trained which block when.
+    Learning and forgetting by round, by simulated second and by byte; who trained which block when. If one cannot be
+    written, for want of room for example, the rest are left out, and a line says so.
     """
 
-    def on_run_written(self, loop: FederatedLoop) -> None:
+    phase = Phase.SHOW
+
+    def on_run_written(self, run: RunView) -> None:
         """Draw and write the pictures."""
-        for name, figure in figures(loop.history):
-            figure.savefig(loop.folder.plots / name)
+        try:
+            for name, figure in figures(run.history):
+                save(figure, run.folder.plots / name, f"the model and all figures are in {run.folder.path}")
+        except StorageError as error:
+            say(str(error))

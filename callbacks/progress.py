@@ -5,10 +5,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedbe.federation.callback import FederatedCallback
-from fedbe.federation.loop import FederatedLoop
+from fedbe.federation.callback import FederatedCallback, Phase
+from fedbe.federation.view import RunView
 from fedbe.figures.tables import readable_bytes, readable_seconds, readable_share, summary_lines, summary_table
-from fedbe.messages import ClientTask, Failure, Update
+from fedbe.messages import Failure, FitTask, Update
 
 _MOST_LINES = 50
 
@@ -19,11 +19,13 @@ class ProgressCallback(FederatedCallback):
     Elsewhere (a file, a pipe, a notebook) a round is at most one line, and a run is about fifty.
     """
 
+    phase = Phase.DISPLAY
+
     def __init__(self) -> None:
         self.console = Console()
         self._display: Progress | None = None
 
-    def on_run_start(self, loop: FederatedLoop) -> None:
+    def on_run_start(self, run: RunView) -> None:
         """Open the display, if there is a terminal to show it on."""
         if self.console.is_terminal:
             columns = (
@@ -33,54 +35,54 @@ class ProgressCallback(FederatedCallback):
                 TextColumn("{task.fields[note]}", markup=False),
             )
             self._display = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
-            self._rounds = self._display.add_task("rounds", total=loop.rounds, completed=len(loop.history), note="")
+            self._rounds = self._display.add_task("rounds", total=run.rounds, completed=len(run.history), note="")
             self._clients = self._display.add_task("clients", total=None, note="")
             self._display.start()
 
-    def on_round_start(self, loop: FederatedLoop) -> None:
+    def on_round_start(self, run: RunView) -> None:
         """Begin a new cohort."""
-        self._update_clients(total=len(loop.record["cohort"]), completed=0)
+        self._update_clients(total=len(run.record.cohort), completed=0)
 
-    def on_client_start(self, loop: FederatedLoop, task: ClientTask) -> None:
+    def on_client_start(self, run: RunView, task: FitTask) -> None:
         """Name the client that trains."""
         self._update_clients(note=task.client_id)
 
-    def on_client_end(self, loop: FederatedLoop, task: ClientTask, update: Update) -> None:
+    def on_client_end(self, run: RunView, task: FitTask, update: Update) -> None:
         """Count the client."""
         self._update_clients(advance=1)
 
-    def on_client_failure(self, loop: FederatedLoop, task: ClientTask, failure: Failure) -> None:
+    def on_client_failure(self, run: RunView, task: FitTask, failure: Failure) -> None:
         """Say who is left out, and why."""
         self._update_clients(advance=1)
-        self._print(f"round {loop.record['round']} · without {failure.client_id}, {failure.kind}: {failure.reason}")
+        self._print(f"round {run.record.round} · without {failure.client_id}, {failure.kind}: {failure.reason}")
 
-    def on_aggregate(self, loop: FederatedLoop, new_state: object) -> None:
+    def on_aggregate(self, run: RunView, new_state: object) -> None:
         """Say that the new model is being scored."""
         self._update_clients(note="scoring")
 
-    def on_round_written(self, loop: FederatedLoop) -> None:
+    def on_round_written(self, run: RunView) -> None:
         """Show the round's figures."""
-        number, total = loop.record["round"], loop.rounds
-        note = _note(loop)
+        number, total = run.record.round, run.rounds
+        note = _note(run)
         if self._display is not None:
             self._display.update(self._rounds, completed=number, note=note)
         elif number % -(-total // _MOST_LINES) == 0 or number == total:
-            wall = readable_seconds(loop.record["wall_seconds"])
+            wall = readable_seconds(run.history[-1]["wall_seconds"])
             self._print(f"round {number:>{len(str(total))}}/{total} · {note} · {wall}")
 
-    def on_last_round(self, loop: FederatedLoop) -> None:
+    def on_last_round(self, run: RunView) -> None:
         """Say that the final model is being scored."""
         self._update_clients(note="scoring the final model")
 
-    def on_exception(self, loop: FederatedLoop, exception: BaseException) -> None:
+    def on_exception(self, run: RunView, exception: BaseException) -> None:
         """Leave the terminal as it was."""
         self._close()
 
-    def on_run_written(self, loop: FederatedLoop) -> None:
+    def on_run_written(self, run: RunView) -> None:
         """Close the display and print the table."""
         self._close()
-        self.console.print(summary_table(loop.summary))
-        for line in summary_lines(loop.summary, loop.folder.path):
+        self.console.print(summary_table(run.summary))
+        for line in summary_lines(run.summary, run.folder.path):
             self._print(line)
 
     def _print(self, line: str) -> None:
@@ -96,9 +98,9 @@ class ProgressCallback(FederatedCallback):
             self._display = None
 
 
-def _note(loop: FederatedLoop) -> str:
-    downstream, kept = loop.record["downstream"], loop.record["retention"]
+def _note(run: RunView) -> str:
+    downstream, kept = run.record.downstream, run.record.retention
     parts = [f"accuracy {downstream['accuracy']:.3f}"] if downstream else []
     parts += [f"kept {readable_share(kept['mean'])}"] if kept else []
-    sent = sum(sum(record["bytes"].values()) for record in loop.history)
+    sent = sum(sum(record["bytes"].values()) for record in run.history)
     return " · ".join([*parts, f"{readable_bytes(sent)} sent"])

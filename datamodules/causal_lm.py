@@ -19,7 +19,7 @@ from fedbe.datamodules.corpus import (
 from fedbe.datamodules.flower import FlowerPartitioner
 from fedbe.datamodules.partition import Partitioner, raise_problems
 from fedbe.datamodules.separation import family_separates_documents
-from fedbe.datamodules.tokens import TokenSamples, pack_documents, tokenize_documents
+from fedbe.datamodules.tokens import TokenSamples, pack_documents, tokenise_documents
 from fedbe.errors import Problem
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class CausalLMDataModule(CorpusDataModule):
     def _encode(self, rows: Dataset, split: str) -> TokenSamples:
         if self.tokenizer is None:
             raise RuntimeError("`setup` needs a tokenizer; call `connect` first.")
-        documents = tokenize_documents(self.tokenizer, rows[self.text_column])
+        documents = tokenise_documents(self.tokenizer, rows[self.text_column])
         raise_problems(vocabulary_problems(documents.tokens, self.model_config))
         if self.pack and self.separate_documents:
             samples = pack_documents(documents, self.sequence_length, self.restarts_positions)

@@ -18,8 +18,9 @@ from fedbe.datamodules.corpus import (
 from fedbe.datamodules.flower import FlowerPartitioner
 from fedbe.datamodules.labels import LabelSet
 from fedbe.datamodules.partition import Partitioner, raise_problems
-from fedbe.datamodules.tokens import LabelledTokens, Ragged
+from fedbe.datamodules.tokens import LabelledTokens
 from fedbe.errors import Problem
+from fedbe.text.ragged import Ragged
 
 
 class LabelledDataModule(CorpusDataModule):

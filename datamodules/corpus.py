@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -15,7 +16,8 @@ from fedbe.corpora import SPLITS, Corpus
 from fedbe.data import FederatedDataModule
 from fedbe.datamodules.flower import FlowerPartitioner, as_partitioner
 from fedbe.datamodules.partition import Partitioner, column_problems, partition_problems, raise_problems
-from fedbe.errors import ConfigError, Problem
+from fedbe.errors import ConfigError, Facts, Problem, under
+from fedbe.text.tokens import token_limit
 
 
 class CorpusDataModule(FederatedDataModule):
@@ -105,25 +107,25 @@ class CorpusDataModule(FederatedDataModule):
             ConfigError: When the data cannot be given to this model.
         """
         super().connect(tokenizer, model_config, seed)
-        raise_problems(self._model_problems("data.init_args"))
+        raise_problems(self._model_problems(self.key))
 
-    def check(self, key: str = "data") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return every mistake in the configuration and the corpus; the splits are loaded once, here or in `setup`."""
-        inner = f"{key}.init_args"
         problems = [
             *(
-                Problem(f"{inner}.{name}", value, "must be 1 or more.")
+                Problem(f"{key}.{name}", value, "must be 1 or more.")
                 for name, value in (("batch_size", self.batch_size), ("eval_batch_size", self.eval_batch_size))
                 if value < 1
             ),
-            *self._argument_problems(inner),
-            *self._model_problems(inner),
+            *self._argument_problems(key),
+            *self._model_problems(key),
         ]
-        found = self.corpus.check(f"{inner}.corpus.init_args") or self._load(f"{inner}.corpus")
-        found = found or self._column_problems(inner)
+        found = self.corpus.check(f"{key}.corpus.init_args", facts) or self._load(f"{key}.corpus")
+        found = found or self._column_problems(key)
         if not found:
-            found += self.partitioner.check(f"{inner}.partitioner.init_args", self._loaded["train"])
-            found += self._row_problems(inner)
+            facts = replace(facts, dataset=self._loaded["train"])
+            found += self.partitioner.check(f"{key}.partitioner.init_args", facts)
+            found += self._row_problems(key)
         return [*problems, *found]
 
     def setup(self, stage: str | None = None) -> None:
@@ -134,19 +136,31 @@ class CorpusDataModule(FederatedDataModule):
         """
         if self._clients:
             return
-        raise_problems(self.check())
+        raise_problems(self.check(self.key, Facts()))
         train = self._loaded["train"]
-        partition = self.partitioner.partition(train, self.seed)
-        raise_problems(partition_problems("data.init_args.partitioner", partition, len(train)))
+        with under(self.key):
+            partition = self.partitioner.partition(train, self.seed)
+            raise_problems(partition_problems("partitioner", partition, len(train)))
         held = {client: train.select(rows) for client, rows in partition.items()}
         clients = {client: self._encode(rows, "train") for client, rows in held.items()}
         self._encoded = {split: self._encode(self._loaded[split], split) for split in SPLITS if split != "train"}
-        raise_problems(_emptiness(clients, self._encoded))
+        raise_problems(self._emptiness(clients))
         self._rows = {client: len(rows) for client, rows in partition.items()}
         if self.label_column is not None:
             self._labels = {client: _histogram(rows, self.label_column) for client, rows in held.items()}
         self._clients = clients
         self._loaded = {}  # encoded by now; an encoding that reads rows late holds them itself
+
+    def _emptiness(self, clients: Mapping[str, TorchDataset[Any]]) -> list[Problem]:
+        problems = []
+        if empty := [client for client, samples in clients.items() if not len(samples)]:  # type: ignore[arg-type]
+            remedy = "have rows but no sample that can be trained on; give them more data or leave these clients out."
+            problems.append(Problem(f"{self.key}.partitioner", ", ".join(empty), remedy))
+        for split, samples in self._encoded.items():
+            if not len(samples):  # type: ignore[arg-type]
+                remedy = "no row of this split makes a sample; check its columns."
+                problems.append(Problem(f"{self.key}.corpus", split, remedy))
+        return problems
 
     def _split(self, split: str) -> Dataset:
         """Return a split, loaded on first use."""
@@ -192,13 +206,11 @@ def tokenizer_problems(
     problems = []
     if tokenizer is None:
         name = config.name_or_path or config.model_type
-        problems.append(Problem("model", name, "has no tokenizer, and this data is text; name a model that has one."))
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        # RoBERTa and its kin number positions from the padding id on.
-        positions -= (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
-        if value > positions:
-            problems.append(Problem(key, value, f"the model has {positions} positions; write {positions} or less."))
+        remedy = "has no tokenizer, and this data is text; name a model that has one."
+        problems.append(Problem("model.name", name, remedy))
+    positions = token_limit(config)
+    if positions is not None and value > positions:
+        problems.append(Problem(key, value, f"the model has {positions} positions; write {positions} or less."))
     return problems
 
 
@@ -208,8 +220,8 @@ def vocabulary_problems(tokens: Tensor, config: PretrainedConfig | None) -> list
     largest = int(tokens.max()) if len(tokens) else 0
     if not isinstance(size, int) or largest < size:
         return []
-    remedy = f"is a token id of the tokenizer, but the model embeds only {size}; use the model's own tokenizer."
-    return [Problem("model", largest, remedy)]
+    remedy = f"embeds only {size} tokens, and {largest} is a token id of the tokenizer; use the model's own tokenizer."
+    return [Problem("model.name", config.name_or_path if config is not None else None, remedy)]
 
 
 def string_problems(key: str, columns: Mapping[str, str], dataset: Dataset) -> list[Problem]:
@@ -224,18 +236,6 @@ def string_problems(key: str, columns: Mapping[str, str], dataset: Dataset) -> l
 def length_problem(key: str, value: int, least: int) -> list[Problem]:
     """Return a problem when a number of tokens is below ``least``."""
     return [] if value >= least else [Problem(key, value, f"must be {least} or more.")]
-
-
-def _emptiness(clients: Mapping[str, TorchDataset[Any]], splits: Mapping[str, TorchDataset[Any]]) -> list[Problem]:
-    problems = []
-    if empty := [client for client, samples in clients.items() if not len(samples)]:  # type: ignore[arg-type]
-        remedy = "these clients have rows but no sample that can be trained on; give them more data or leave them out."
-        problems.append(Problem("data.init_args.partitioner", ", ".join(empty), remedy))
-    for split, samples in splits.items():
-        if not len(samples):  # type: ignore[arg-type]
-            remedy = "no row of this split makes a sample; check its columns."
-            problems.append(Problem("data.init_args.corpus", split, remedy))
-    return problems
 
 
 def _histogram(rows: Dataset, column: str) -> Counter[str]:

@@ -1,13 +1,15 @@
 """Clients whose labels are wrong, to rehearse it."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fedbe.data import IGNORED, DataWrapper, FederatedDataModule
+from fedbe.data import IGNORED, Batch, DataWrapper, FederatedDataModule
 from fedbe.errors import ConfigError, Problem
 
 
@@ -37,20 +39,19 @@ class FlippedLabels(DataWrapper):
         super().setup(stage)
         if unknown := sorted(set(self.clients or ()) - set(self.client_ids)):
             known = ", ".join(list(self.client_ids)[:10])
-            raise ConfigError(Problem("data.init_args.clients", unknown[0], f"is no client; there are {known}"))
+            raise ConfigError(Problem(f"{self.key}.clients", unknown[0], f"is no client; there are {known}"))
 
     def client_dataset(self, client_id: str) -> Dataset[Any]:
         """Return the training set of one client, flipped if it is one of those."""
         dataset = super().client_dataset(client_id)
-        return dataset if self.clients is not None and client_id not in self.clients else Flipped(dataset, self.classes)
+        return Flipped(dataset, self.classes) if self._flips(client_id) else dataset
 
-    def client_val_dataloader(self, client_id: str) -> DataLoader[Any]:
-        """Return what the other module does."""
-        return self.data.client_val_dataloader(client_id)
-
-    def client_test_dataloader(self, client_id: str) -> DataLoader[Any]:
-        """Return what the other module does."""
-        return self.data.client_test_dataloader(client_id)
+    def client_dataloader(self, client_id: str, generator: torch.Generator) -> DataLoader[Any]:
+        """Return one client's batches as the other module makes them, flipped if it is one of those."""
+        loader = copy.copy(self.data.client_dataloader(client_id, generator))
+        if self._flips(client_id):
+            loader.collate_fn = FlippedBatches(loader.collate_fn, self.classes)
+        return loader
 
     @property
     def classes(self) -> int:
@@ -60,6 +61,9 @@ class FlippedLabels(DataWrapper):
         if self.model_config is None:
             raise RuntimeError("the number of tokens is known after `connect` has been called")
         return int(self.model_config.get_text_config().vocab_size)
+
+    def _flips(self, client_id: str) -> bool:
+        return self.clients is None or client_id in self.clients
 
 
 class Flipped(Dataset[dict[str, Tensor]]):
@@ -78,5 +82,27 @@ class Flipped(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.samples[index]
-        labels = torch.as_tensor(sample["labels"])
-        return {**sample, "labels": torch.where(labels == IGNORED, labels, self.classes - 1 - labels)}
+        return {**sample, "labels": flipped(torch.as_tensor(sample["labels"]), self.classes)}
+
+
+@dataclass(frozen=True)
+class FlippedBatches:
+    """Joins samples as another function does, and flips the labels of the batch.
+
+    Attributes:
+        collate: The other function.
+        classes: n.
+    """
+
+    collate: Callable[[Any], Batch]
+    classes: int
+
+    def __call__(self, samples: Any) -> Batch:
+        """Return the batch."""
+        batch = self.collate(samples)
+        return {**batch, "labels": flipped(batch["labels"], self.classes)}
+
+
+def flipped(labels: Tensor, classes: int) -> Tensor:
+    """Return labels c of n classes as n − 1 − c; what is not to be predicted stays so."""
+    return torch.where(labels == IGNORED, labels, classes - 1 - labels)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from datasets import Dataset
 
 from fedbe.datamodules.partition import Partitioner, numbered, partition_problems, raise_problems
-from fedbe.errors import ConfigError, Problem
+from fedbe.errors import ConfigError, Facts, Problem
 
 _ROW = "__row__"
 
@@ -53,10 +53,10 @@ class FlowerAdapter(Partitioner):
         names: dict[int, Any] = getattr(partitioner, "partition_id_to_natural_id", {})
         return {str(names.get(int(client), client)): rows for client, rows in numbered(parts).items()}
 
-    def check(self, key: str, dataset: Dataset) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes found by dividing the data, which such a partitioner can do only as a whole."""
         try:
-            self.partition(dataset, seed=0)
+            self.partition(facts.dataset, seed=0)
         except ConfigError as error:
             at = key.removesuffix(".init_args")
             return [Problem(at, problem.value, problem.remedy) for problem in error.problems]

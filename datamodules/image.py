@@ -65,7 +65,7 @@ class ImageClassificationDataModule(LabelledDataModule):
         if self.model_config is None or hasattr(self.model_config, "image_size"):
             return []
         remedy = "does not take pictures: its configuration has no `image_size`; name an image model."
-        return [Problem("model", self.model_config.model_type, remedy)]
+        return [Problem("model.name", self.model_config.name_or_path or self.model_config.model_type, remedy)]
 
     def _row_problems(self, key: str) -> list[Problem]:
         faults = (self._picture_fault(split) for split in SPLITS)

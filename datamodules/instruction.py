@@ -21,8 +21,9 @@ from fedbe.datamodules.corpus import (
 )
 from fedbe.datamodules.flower import FlowerPartitioner
 from fedbe.datamodules.partition import Partitioner, raise_problems
-from fedbe.datamodules.tokens import Ragged, TokenSamples
+from fedbe.datamodules.tokens import TokenSamples
 from fedbe.errors import ConfigError, Problem
+from fedbe.text.ragged import Ragged
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class InstructionDataModule(CorpusDataModule):
         except TemplateError as error:
             roles = " ".join(message["role"] for message in messages)
             remedy = f"the tokenizer's chat template refuses a conversation of these roles: {error}"
-            raise ConfigError(Problem("data.init_args", roles, remedy)) from error
+            raise ConfigError(Problem(self.key, roles, remedy)) from error
 
     def _messages(self, row: Mapping[str, Any]) -> list[Message]:
         messages: list[Message]

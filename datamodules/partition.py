@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from fedbe.errors import ConfigError, Problem
+from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.seeding import derive_seed, generator
 
 _DIRICHLET_DRAWS = 100
@@ -33,15 +33,15 @@ class Partitioner(ABC):
             seed: The run's seed.
 
         Raises:
-            ConfigError: When some client would have no row.
+            ConfigError: When some client would have no row; keys begin with ``partitioner``.
         """
 
-    def check(self, key: str, dataset: Dataset) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the arguments, given the training split.
 
         Args:
-            key: Start of each problem's key, for example ``data.init_args.partitioner.init_args``.
-            dataset: The training split.
+            key: Dotted key of the arguments, for example ``data.init_args.partitioner.init_args``.
+            facts: What is known of the run; ``dataset`` is the training split.
         """
         return []
 
@@ -58,13 +58,13 @@ class IIDPartitioner(Partitioner):
 
     def partition(self, dataset: Dataset, seed: int) -> dict[str, list[int]]:
         """Return the rows of each client; every row is dealt."""
-        raise_problems(self.check("partitioner", dataset))
+        raise_problems(self.check("partitioner.init_args", Facts(dataset=dataset)))
         order = torch.randperm(len(dataset), generator=generator(seed, "partition")).numpy()
         return numbered(np.array_split(order, self.clients))
 
-    def check(self, key: str, dataset: Dataset) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the arguments, more clients than rows among them."""
-        return _client_problems(key, self.clients, len(dataset))
+        return _client_problems(key, self.clients, len(facts.dataset))
 
 
 class DirichletPartitioner(Partitioner):
@@ -93,7 +93,7 @@ class DirichletPartitioner(Partitioner):
         Raises:
             ConfigError: When no draw gives each client ``min_size`` rows.
         """
-        raise_problems(self.check("partitioner", dataset))
+        raise_problems(self.check("partitioner.init_args", Facts(dataset=dataset)))
         # torch has no public Dirichlet that takes a generator; numpy's is also stable for a small alpha.
         random = np.random.default_rng(derive_seed(seed, "partition"))
         labels = _rows_by_value(dataset, self.column).values()
@@ -105,7 +105,7 @@ class DirichletPartitioner(Partitioner):
             f"{_DIRICHLET_DRAWS} draws left some of {self.clients} clients with fewer than `min_size` = "
             f"{self.min_size} of {len(dataset)} rows; raise `alpha`, or lower `clients` or `min_size`."
         )
-        raise ConfigError(Problem("partitioner.alpha", self.alpha, remedy))
+        raise ConfigError(Problem("partitioner.init_args.alpha", self.alpha, remedy))
 
     def _draw(self, labels: Sequence[np.ndarray], random: np.random.Generator) -> list[np.ndarray]:
         shares: list[list[np.ndarray]] = [[] for _ in range(self.clients)]
@@ -116,13 +116,13 @@ class DirichletPartitioner(Partitioner):
                 share.append(part)
         return [np.concatenate(share) for share in shares]
 
-    def check(self, key: str, dataset: Dataset) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the arguments, more clients than rows among them."""
-        problems = _client_problems(key, self.clients, len(dataset), max(self.min_size, 1))
+        problems = _client_problems(key, self.clients, len(facts.dataset), max(self.min_size, 1))
         if not 0 < self.alpha < float("inf"):
             problems.append(Problem(f"{key}.alpha", self.alpha, "must be a finite number above 0."))
         problems += _min_size_problems(key, self.min_size)
-        return [*problems, *column_problems(f"{key}.column", self.column, dataset)]
+        return [*problems, *column_problems(f"{key}.column", self.column, facts.dataset)]
 
 
 class QuantityPartitioner(Partitioner):
@@ -144,7 +144,7 @@ class QuantityPartitioner(Partitioner):
 
     def partition(self, dataset: Dataset, seed: int) -> dict[str, list[int]]:
         """Return the rows of each client."""
-        raise_problems(self.check("partitioner", dataset))
+        raise_problems(self.check("partitioner.init_args", Facts(dataset=dataset)))
         random = generator(seed, "partition")
         labels = [np.asarray(rows) for rows in _rows_by_value(dataset, self.column).values()]
         ordered = np.concatenate([rows[torch.randperm(len(rows), generator=random).numpy()] for rows in labels])
@@ -152,15 +152,15 @@ class QuantityPartitioner(Partitioner):
         deal = torch.randperm(len(shards), generator=random).view(self.clients, self.shards_per_client).tolist()
         return numbered([np.concatenate([shards[shard] for shard in hand]) for hand in deal])
 
-    def check(self, key: str, dataset: Dataset) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the arguments, more shards than rows among them."""
-        problems = _client_problems(key, self.clients, len(dataset))
+        problems = _client_problems(key, self.clients, len(facts.dataset))
         if self.shards_per_client < 1:
             problems.append(Problem(f"{key}.shards_per_client", self.shards_per_client, "must be 1 or more."))
-        elif not problems and self.clients * self.shards_per_client > len(dataset):
-            remedy = f"{self.clients} clients with that many need more than the {len(dataset)} rows; lower it."
+        elif not problems and self.clients * self.shards_per_client > len(facts.dataset):
+            remedy = f"{self.clients} clients with that many need more than the {len(facts.dataset)} rows; lower it."
             problems.append(Problem(f"{key}.shards_per_client", self.shards_per_client, remedy))
-        return [*problems, *column_problems(f"{key}.column", self.column, dataset)]
+        return [*problems, *column_problems(f"{key}.column", self.column, facts.dataset)]
 
 
 class NaturalPartitioner(Partitioner):
@@ -186,19 +186,19 @@ class NaturalPartitioner(Partitioner):
 
     def partition(self, dataset: Dataset, seed: int) -> dict[str, list[int]]:
         """Return the rows of each client; nothing is drawn, the seed has no effect."""
-        raise_problems(self.check("partitioner", dataset))
+        raise_problems(self.check("partitioner.init_args", Facts(dataset=dataset)))
         groups = self._groups(dataset)
         return {name: groups[name] for name in list(groups)[: self.max_clients]}
 
-    def check(self, key: str, dataset: Dataset) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the arguments, more clients than the column has values among them."""
-        problems = column_problems(f"{key}.column", self.column, dataset)
+        problems = column_problems(f"{key}.column", self.column, facts.dataset)
         if self.size_column is not None:
-            problems += column_problems(f"{key}.size_column", self.size_column, dataset)
+            problems += column_problems(f"{key}.size_column", self.size_column, facts.dataset)
         problems += _min_size_problems(key, self.min_size)
         if self.max_clients is not None and self.max_clients < 1:
             problems.append(Problem(f"{key}.max_clients", self.max_clients, "must be 1 or more, or null for all."))
-        return problems or self._count_problems(key, len(self._groups(dataset)))
+        return problems or self._count_problems(key, len(self._groups(facts.dataset)))
 
     def _count_problems(self, key: str, found: int) -> list[Problem]:
         if found == 0:
@@ -232,7 +232,7 @@ class SizesPartitioner(Partitioner):
 
     def partition(self, dataset: Dataset, seed: int) -> dict[str, list[int]]:
         """Return the rows of each client."""
-        raise_problems(self.check("partitioner", dataset))
+        raise_problems(self.check("partitioner.init_args", Facts(dataset=dataset)))
         order = torch.randperm(len(dataset), generator=generator(seed, "partition")).numpy()
         return numbered(np.split(order, np.cumsum(self._counts(len(dataset))))[:-1])
 
@@ -243,9 +243,9 @@ class SizesPartitioner(Partitioner):
         ends = [int(end * rows + 1e-6) for end in np.cumsum(self.sizes)]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
-    def check(self, key: str, dataset: Dataset) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the arguments, a client without rows among them."""
-        remedy = self._fault(len(dataset))
+        remedy = self._fault(len(facts.dataset))
         return [Problem(f"{key}.sizes", self.sizes, remedy)] if remedy else []
 
     def _fault(self, rows: int) -> str | None:

@@ -1,8 +1,6 @@
-"""Token sequences in compact memory, and how they are cut and packed."""
+"""Samples made of token sequences, and documents packed into them."""
 
-from array import array
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -10,54 +8,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fedbe.data import IGNORED
-
-
-class Ragged:
-    """Sequences of token ids of different lengths, end to end in one int32 tensor.
-
-    Args:
-        tokens: All ids, shape ``[tokens]``, int32.
-        offsets: Where each sequence begins, and the end of the last: shape ``[sequences + 1]``, int64.
-    """
-
-    def __init__(self, tokens: Tensor, offsets: Tensor) -> None:
-        self.tokens = tokens
-        self.offsets = offsets
-
-    @classmethod
-    def of(cls, sequences: Iterable[Sequence[int]]) -> "Ragged":
-        """Store sequences one by one, so that never all of them exist as Python lists."""
-        flat, ends = array("i"), array("q", [0])
-        for sequence in sequences:
-            flat.extend(sequence)
-            ends.append(len(flat))
-        return cls(torch.tensor(flat, dtype=torch.int32), torch.tensor(ends, dtype=torch.int64))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> list[int]:
-        """Number of tokens of each sequence."""
-        lengths: list[int] = self.offsets.diff().tolist()
-        return lengths
-
-    def span(self, index: int) -> slice:
-        """Return where sequence ``index`` lies in `tokens`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"`index` {index} is outside 0 to {len(self) - 1}.")
-        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-
-    def chunked(self, length: int) -> "Ragged":
-        """Return the same tokens in pieces of at most ``length``; a piece never spans two sequences."""
-        starts = [torch.arange(int(a), int(b), length) for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
-        return Ragged(self.tokens, torch.cat([*starts, self.offsets[-1:]]))
-
-    def concatenated(self, length: int) -> "Ragged":
-        """Return the same tokens as one stream cut every ``length`` tokens; the last piece may be shorter."""
-        total = len(self.tokens)
-        return Ragged(self.tokens, torch.tensor([*range(0, total, length), total], dtype=torch.int64))
+from fedbe.data.batch import IGNORED
+from fedbe.text.packing import best_fit
+from fedbe.text.ragged import Ragged
+from fedbe.text.tokens import tokenise
 
 
 class TokenSamples(Dataset[dict[str, Tensor]]):
@@ -137,21 +91,14 @@ class LabelledTokens(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.sequences.tokens[self.sequences.span(index)].long(), "labels": self.targets[index]}
 
 
-def tokenize_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Ragged:
+def tokenise_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | None]) -> Ragged:
     """Return each text's tokens, the begin token before it; the end token after it where there is no begin token.
 
     Texts without a token are left out.
     """
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [tokenizer.eos_token_id] if not begin and tokenizer.eos_token_id is not None else []
-    return Ragged.of([*begin, *ids, *end] for ids in plain_ids(tokenizer, texts) if ids)
-
-
-def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size: int = 256) -> Iterable[list[int]]:
-    """Yield the tokens of each text, no special token added, tokenised ``size`` texts at a time."""
-    for start in range(0, len(texts), size):
-        batch = [text or "" for text in texts[start : start + size]]
-        yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return Ragged.of([*begin, *ids, *end] for ids in tokenise(tokenizer, texts) if ids)
 
 
 def pack_documents(documents: Ragged, length: int, restart_positions: bool) -> TokenSamples:
@@ -174,33 +121,3 @@ def pack_documents(documents: Ragged, length: int, restart_positions: bool) -> T
     tokens = torch.cat([documents.tokens[span] for span in spans]) if spans else documents.tokens
     ends = accumulate(sum(sizes[piece] for piece in content) for content in bins)
     return TokenSamples(Ragged(tokens, torch.tensor([0, *ends], dtype=torch.int64)), scored, restart_positions)
-
-
-def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Return bins of at most ``capacity`` that hold every item, each item put where it leaves the least room.
-
-    Largest items first (best-fit decreasing; Johnson, SIAM J. Comput. 3, 1974: at most 11/9 of the fewest bins).
-
-    Args:
-        sizes: Size of each item, in 1 to ``capacity``.
-        capacity: Most that a bin holds.
-    """
-    bins: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room left → bins
-    rooms: list[int] = []  # the keys of `with_room`, sorted
-    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
-        place = bisect_left(rooms, sizes[item])
-        if place == len(rooms):
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        else:
-            room = rooms[place]
-            chosen = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room], rooms[place]
-        bins[chosen].append(item)
-        if left := room - sizes[item]:
-            if left not in with_room:
-                insort(rooms, left)
-            with_room.setdefault(left, []).append(chosen)
-    return bins

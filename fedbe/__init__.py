@@ -1,29 +1,40 @@
 """Federated fine-tuning of transformers with expanded blocks (FedBE, arXiv 2506.05977)."""
 
-import os
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported. Its threads wait for each other by spinning; where another process is busy, one that waits
-# takes the core from the one it waits for. Measured on two cores beside one busy process: a quickstart's round in 26 s
-# in place of minutes; 6.7 s both with and without this on an idle machine. Nothing is changed that is set already.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-# `fedbe.callbacks`, `fedbe.datamodules` and `fedbe.configs` are top-level folders of the repository. An installation
-# maps them into the package; straight from a checkout (and in editable mode) they are found through this path.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file() and (_root / "callbacks").is_dir():
-    __path__.append(str(_root))
-
 __version__ = "0.1.0"
-__all__ = ["expand_blocks", "load"]
+__all__ = ["Federation", "expand_blocks", "load"]
+
+_HOMES = {"Federation": "fedbe.config.federation", "expand_blocks": "fedbe.expansion", "load": "fedbe.expansion"}
+
+
+class _Beside:
+    """Finds the packages of the project that are top-level folders of its repository; an installation has them here.
+
+    In a checkout they stand beside this package, among folders that are no part of it and must not be found through it.
+    """
+
+    names = frozenset({"fedbe.callbacks", "fedbe.configs", "fedbe.datamodules"})
+    root = Path(__file__).resolve().parent.parent
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        """Return where one of these packages is; nothing for any other name."""
+        return PathFinder.find_spec(name, [str(cls.root)]) if name in cls.names else None
+
+
+if (_Beside.root / "pyproject.toml").is_file() and (_Beside.root / "callbacks").is_dir():
+    sys.meta_path.insert(0, _Beside)  # before the finder of another checkout that is installed
 
 
 def __getattr__(name: str) -> Any:
     """Import the public functions when they are used first: they bring in torch and transformers."""
-    if name in __all__:
-        from fedbe import expansion
+    if name in _HOMES:
+        from importlib import import_module
 
-        return getattr(expansion, name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

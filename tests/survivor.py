@@ -37,8 +37,8 @@ def go_on(folder: Path, each_client: bool, hook: str | None = None) -> None:
     """Begin the run in `folder`, or continue it."""
     callbacks = [CommunicationCallback(), KeepBest(), EarlyStopping(patience=100),
                  CheckpointCallback(each_client=each_client), KillAt(hook)]  # fmt: skip
-    loop = toy_loop(folder, rounds=ROUNDS, cohort=3, server_optimizer=FedAdam(), callbacks=callbacks)
-    loop.folder = RunFolder(folder, begin_again=True)
+    place = RunFolder(folder, begin_again=True)
+    loop = toy_loop(folder, rounds=ROUNDS, cohort=3, server_optimizer=FedAdam(), callbacks=callbacks, run_folder=place)
     newest = next(Checkpoints(loop.folder.checkpoints).newest_first(), None)
     loop.run(None if newest is None else read_checkpoint(newest))
 

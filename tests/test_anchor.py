@@ -1,11 +1,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from toy import adamw, tiny_llama, toy_loop
+from toy import tiny_llama, toy_loop
 from transformers import BertConfig, BertForSequenceClassification
 
 from fedbe.algorithms import FedAvg
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 from fedbe.messages import ClientTask
 from fedbe.modeling.base_model import BaseModel
 from fedbe.objectives import Anchor, FedProx
@@ -31,7 +31,7 @@ class TwoTexts:
     def load(self, split):
         return Dataset.from_dict({"text": ["a short text", "", "and one that is longer than the other"]})
 
-    def check(self, key):
+    def check(self, key, facts):
         return []
 
 
@@ -129,7 +129,9 @@ def test_what_would_not_fit_in_memory_is_refused_with_a_remedy(monkeypatch):
 
 
 def test_wrong_numbers_are_problems():
-    problems = anchor(weight=0, share=-1, temperature=0, sequences=0, sequence_length=1, top=0).check(adamw)
+    problems = anchor(weight=0, share=-1, temperature=0, sequences=0, sequence_length=1, top=0).check(
+        "client.objective.init_args", Facts()
+    )
     assert {problem.key.rsplit(".", 1)[1] for problem in problems} == {
         "weight", "share", "temperature", "sequences", "sequence_length", "top",
     }  # fmt: skip

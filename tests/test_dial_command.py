@@ -1,5 +1,6 @@
 """``fedbe dial`` and ``fedbe export --dial`` on finished runs."""
 
+import errno
 import json
 import shutil
 
@@ -8,11 +9,14 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from fedbe.adaptation.adapters import Adapters
 from fedbe.assets import micro_path
+from fedbe.callbacks import KeepBest
 from fedbe.cli.main import main
 from fedbe.dial.finished_run import FinishedRun
-from fedbe.dial.run_dial import dial_table, measure_run
+from fedbe.dial.run_dial import measure_run
 from fedbe.errors import ConfigError
+from fedbe.figures.dial import dial_table
 
 KEEP = [{"class_path": "fedbe.callbacks.KeepBest", "init_args": {"monitor": "retention/mean"}}]
 LORA = {"class_path": "fedbe.algorithms.FedIT", "init_args": {"rank": 2, "target_modules": "attention"}}
@@ -106,6 +110,60 @@ def test_the_model_of_the_round_that_was_kept_is_dialled(tmp_path):
     (run / "checkpoints" / "best.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"best\.safetensors"):
         measure_run(run, [0.75])
+
+
+def test_a_model_that_grew_is_dialled_in_the_structure_it_ended_with(tmp_path):
+    plateau = {"class_path": "fedbe.expansion.growth.Plateau", "init_args": {"patience": 1, "min_gain": 1.0}}
+    placement = {"class_path": "fedbe.expansion.AdaptivePlacement", "init_args": {"max_blocks": 1}}
+    arguments = {"placement": placement, "plateau": plateau}
+    run = fitted(tmp_path / "run", {"class_path": "fedbe.algorithms.FedBE", "init_args": arguments})
+    for dial in ("0", "1"):
+        assert main(["export", str(run), f"--to={tmp_path / dial}", f"--dial={dial}"]) == 0
+    base = AutoModelForCausalLM.from_pretrained(micro_path()).config.num_hidden_layers
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "1").config.num_hidden_layers
+    assert grown > base + 1
+    assert torch.equal(logits(tmp_path / "1"), logits(run / "model"))
+    assert torch.equal(logits(tmp_path / "0"), logits(micro_path()))
+
+
+def test_a_picture_that_cannot_be_written_costs_no_figures(run, capsys):
+    shutil.rmtree(run / "plots")
+    (run / "plots").write_text("not a folder")
+    assert len(measure_run(run, [0.5]).points) == 3
+    assert "plots cannot be written" in capsys.readouterr().err and read(run)["dial"]["points"]
+
+
+def test_a_model_for_which_there_is_no_room_leaves_nothing_and_says_so(run, tmp_path, capsys, monkeypatch):
+    def export(self, model, directory, tokenizer):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Adapters, "export", export)
+    (tmp_path / "to" / "empty").mkdir(parents=True)
+    assert main(["export", str(run), f"--to={tmp_path / 'to' / 'empty'}", "--dial=0.5"]) == 1
+    assert "the disk is full; the run is intact" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "to").rglob("*")] == ["empty"]
+
+
+def test_the_last_round_is_dialled_where_the_best_one_was_lost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(KeepBest, "on_last_round", lose(KeepBest.on_last_round))
+    run = fitted(tmp_path / "run", LORA, callbacks=KEEP)
+    summary = read(run)
+    assert summary["kept_round"] is None and "round 0 was best" in summary["kept_note"]
+    assert "note      the run ends with the last round's model" in capsys.readouterr().out
+    last = measure_run(run, [0.5]).points[-1]
+    assert last.retention == pytest.approx(summary["retention"]) and last.mean_retention < 1
+
+
+def lose(hook):
+    """A run whose best model is damaged before its end."""
+
+    def damaged(self, run):
+        (run.folder.checkpoints / "best.safetensors").write_bytes(b"")
+        hook(self, run)
+
+    return damaged
 
 
 def test_without_general_tasks_nothing_is_chosen(tmp_path, capsys):

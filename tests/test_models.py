@@ -3,7 +3,7 @@
 import pytest
 
 from fedbe.assets import micro_path
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 from fedbe.modeling.base_model import BaseModel, packaged_path
 
 
@@ -21,13 +21,13 @@ def package(tmp_path, monkeypatch):
 def test_a_model_inside_an_installed_package_is_found_without_running_it(package):
     model = BaseModel("package:tiny_carrier/model")
     assert packaged_path(model.name) == package / "model"
-    assert model.check() == []
+    assert model.check("model", Facts()) == []
     assert model.depth == BaseModel().depth
     assert model.processor("text").input_ids == BaseModel().processor("text").input_ids
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_installation():
-    (problem,) = BaseModel("package:no_such_package_here/model").check()
+    (problem,) = BaseModel("package:no_such_package_here/model").check("model", Facts())
     assert problem.key == "model.name"
     assert "pip install no-such-package-here" in problem.remedy
 
@@ -40,5 +40,5 @@ def test_what_names_no_package_is_a_mistake_of_the_configuration(name):
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "package:tiny_carrier/weights"])
 def test_a_folder_that_is_not_there_is_not_sought_on_the_hub(name, package):
-    (problem,) = BaseModel(name).check()
+    (problem,) = BaseModel(name).check("model", Facts())
     assert "there is no such folder" in problem.remedy

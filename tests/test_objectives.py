@@ -4,11 +4,9 @@ from torch import nn
 from toy import ToyData, adamw, resumed, toy_loop
 
 from fedbe.aggregation import FedAdam
-from fedbe.algorithms import FedAvg, LocalOnly, Unfreeze
+from fedbe.algorithms import Unfreeze
 from fedbe.callbacks import CheckpointCallback
-from fedbe.config.rules import check_combination
-from fedbe.config.sections import Client, Federation
-from fedbe.errors import UpdateError
+from fedbe.errors import Facts, UpdateError
 from fedbe.messages import ClientTask, Update
 from fedbe.objectives import FedProx, Plain, Scaffold
 
@@ -152,33 +150,13 @@ def test_scaffold_continues_from_a_checkpoint_to_the_same_tensors(tmp_path):
 
 
 def test_scaffold_refuses_all_but_plain_sgd():
-    assert Scaffold().check(sgd) == []
+    assert Scaffold().check("client.objective.init_args", Facts(optimizer=sgd)) == []
     for optimizer in (adamw, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)):
-        (problem,) = Scaffold().check(optimizer)
+        (problem,) = Scaffold().check("client.objective.init_args", Facts(optimizer=optimizer))
         assert problem.key == "client.optimizer" and "plain SGD" in problem.remedy
 
 
 def test_a_negative_mu_is_a_problem():
-    assert [problem.key for problem in FedProx(-1.0).check(sgd)] == ["client.objective.init_args.mu"]
-
-
-class Restarting(FedAvg):
-    restarts = True
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "objective", "server", "keys"),
-    [
-        (FedAvg(), Scaffold(), FedAdam(), []),
-        (Restarting(), FedProx(), None, []),
-        (Restarting(), Scaffold(), None, ["client.objective"]),
-        (Restarting(), Plain(), FedAdam(), ["federation.server_optimizer"]),
-        (LocalOnly(FedAvg()), Plain(), None, []),
-        (LocalOnly(FedAvg()), FedProx(), FedAdam(), ["client.objective", "federation.server_optimizer"]),
-    ],
-)
-def test_combinations_that_make_no_sense_are_refused_with_the_reason(algorithm, objective, server, keys):
-    federation = Federation(**({"server_optimizer": server} if server else {}))
-    problems = check_combination(algorithm, Client(objective=objective), federation)
-    assert [problem.key for problem in problems] == keys
-    assert all(type(algorithm).__name__ in problem.remedy for problem in problems)
+    assert [problem.key for problem in FedProx(-1.0).check("client.objective.init_args", Facts())] == [
+        "client.objective.init_args.mu"
+    ]

@@ -1,3 +1,6 @@
+import resource
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from families import FAMILIES, PAD, VOCABULARY, batch, tiny
 
 from fedbe.algorithms import BlockExpansion, FedAvg, FedIT, Gated
 from fedbe.callbacks import CheckpointCallback
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 from fedbe.expansion import stack_parameter_names
 from fedbe.modeling.architecture import find_blocks
 from fedbe.modeling.base_model import forward_options
@@ -84,9 +87,10 @@ def toy(folder, algorithm, prefix, **options):
 
 
 def assert_near(first, second):
-    assert first.state.keys() == second.state.keys()
-    for name in first.state:
-        torch.testing.assert_close(first.state[name], second.state[name], rtol=1e-3, atol=2e-4)
+    states = first.server.state, second.server.state
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=2e-4)
     losses = [[r["downstream"]["loss"] for r in loop.history] for loop in (first, second)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -121,7 +125,6 @@ def test_the_anchor_s_text_is_reused_too(tmp_path):
     def run(name, prefix):
         anchor = Anchor(sequences=4, sequence_length=8)
         loop = toy_loop(tmp_path / name, algorithm=BlockExpansion([2]), prefix=prefix, rounds=3, objective=anchor)
-        loop.engine.objective = anchor
         loop.run()
         return loop
 
@@ -143,7 +146,7 @@ def test_a_run_that_is_continued_ends_at_the_same_bits(tmp_path):
     rest = resumed(make("half"))
     while not rest.done:
         rest.advance()
-    assert all(torch.equal(whole.state[name], rest.state[name]) for name in whole.state)
+    assert all(torch.equal(tensor, rest.server.state[name]) for name, tensor in whole.server.state.items())
 
 
 def test_where_the_lowest_part_is_trained_it_is_refused(tmp_path):
@@ -167,6 +170,77 @@ def test_a_store_gives_back_what_it_got_and_refuses_what_does_not_fit(tmp_path):
         assert store.get(b"c") is None and len(store) == 2
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # the store may still hold its file
+
+
+def test_a_full_disk_keeps_what_it_has_and_says_so_once(small_disk, caplog):
+    store = Store(2**20, small_disk)
+    tensors = [torch.full((1000,), float(index)) for index in range(100)]
+    kept = [store.put(bytes([index]), tensor) for index, tensor in enumerate(tensors)]
+    assert kept == sorted(kept, reverse=True) and 10 <= sum(kept) <= 16
+    for index, was_kept in enumerate(kept):
+        found = store.get(bytes([index]))
+        assert torch.equal(found, tensors[index]) if was_kept else found is None
+    (record,) = caplog.records
+    assert "No space left on device" in record.message and str(small_disk) in record.message
+
+
+def test_a_run_goes_on_when_the_disk_is_full(small_disk, tmp_path):
+    plain = toy(tmp_path / "a", BlockExpansion([2]), None)
+    reused = toy(tmp_path / "b", BlockExpansion([2]), PrefixReuse(0.001, True, small_disk))
+    assert_near(plain, reused)
+    assert 0 < reused.summary["prefix"]["known"] < 1
+
+
+def test_a_file_that_may_not_be_made_is_a_mistake_of_the_configuration(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"gib = 0\.001: there is no room for this in .* \(File too large\)"):
+            PrefixReuse(0.001, on_disk=True, folder=tmp_path).store()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_parts_of_a_store_on_disk_are_filled_side_by_side(tmp_path):
+    store = Store(2**16, tmp_path, parts=2)
+    assert store.put(b"a", torch.ones(100))
+    store.join(1)
+    assert store.put(b"b", 2 * torch.ones(100)) and store.put(b"c", 3 * torch.ones(100))
+    assert [store.get(key).mean().item() for key in (b"a", b"b", b"c")] == [1, 2, 3]
+
+
+def test_figures_count_on_from_where_a_run_was_continued(tmp_path):
+    def make(name):
+        return toy_loop(
+            tmp_path / name, algorithm=BlockExpansion([2]), prefix=PrefixReuse(), rounds=3,
+            callbacks=[CheckpointCallback()],
+        )  # fmt: skip
+
+    whole, half = make("whole"), make("half")
+    whole.run()
+    half.setup()
+    half.on_run_start()
+    half.advance()
+    half.advance()
+    counted = half._prefix.figures["sequences"]
+    rest = resumed(make("half"))
+    assert rest._prefix.figures["sequences"] == counted > 0
+    while not rest.done:
+        rest.advance()
+    rest.on_run_end()
+    assert rest.summary["prefix"]["sequences"] == whole.summary["prefix"]["sequences"]
+
+
 def test_a_model_that_drops_below_computes_everything():
     model = tiny("bert")
     prefix = Prefix(model, 2, Store(2**20))
@@ -176,5 +250,5 @@ def test_a_model_that_drops_below_computes_everything():
 
 
 def test_numbers_out_of_range_are_named(tmp_path):
-    problems = PrefixReuse(gib=0, folder=tmp_path / "none").check()
+    problems = PrefixReuse(gib=0, folder=tmp_path / "none").check("prefix", Facts())
     assert [problem.key for problem in problems] == ["prefix.gib", "prefix.folder"]

@@ -9,9 +9,10 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedbe.algorithms import BlockExpansion
+from fedbe.client.plan import LocalPlan
 from fedbe.client.schedule import Schedule
 from fedbe.data import FederatedDataModule
-from fedbe.engines import InProcessEngine
+from fedbe.engines import InProcess
 from fedbe.federation.cohort import CohortSampler
 from fedbe.federation.loop import FederatedLoop
 from fedbe.seeding import generator
@@ -73,25 +74,33 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
 
 
-def toy_loop(folder: Path, *, rounds: int = 2, cohort: Any = "all", seed: int = 0, **changes: Any) -> FederatedLoop:
-    model = changes.pop("model", None) or tiny_llama()
-    data = changes.pop("data", None) or ToyData()
-    trainer = {"accelerator": "cpu", "max_steps": 3, "max_epochs": -1, **changes.pop("trainer", {})}
+def toy_plan(rounds: int = 2, seed: int = 0, **changes: Any) -> LocalPlan:
     algorithm = changes.pop("algorithm", None) or BlockExpansion([0, 2])
-    engine = InProcessEngine(
-        model,
-        algorithm,
-        data,
-        changes.pop("optimizer", adamw),
-        changes.pop("schedule", Schedule()),
-        rounds,
-        trainer,
-        seed,
+    return LocalPlan(
+        model=changes.pop("model", None) or tiny_llama(),
+        tokenizer=changes.pop("tokenizer", None),
+        adaptation=algorithm.adaptation,
+        topology=algorithm.topology,
+        data=changes.pop("data", None) or ToyData(),
+        optimizer=changes.pop("optimizer", adamw),
+        schedule=changes.pop("schedule", Schedule()),
+        rounds=rounds,
+        trainer={"accelerator": "cpu", "max_steps": 3, "max_epochs": -1, **changes.pop("trainer", {})},
+        seed=seed,
+        **changes,
     )
+
+
+PLAN = {"model", "tokenizer", "data", "optimizer", "schedule", "trainer", "objective", "timeout_seconds", "clock"}
+
+
+def toy_loop(folder: Path, *, rounds: int = 2, cohort: Any = "all", seed: int = 0, **changes: Any) -> FederatedLoop:
+    algorithm = changes.pop("algorithm", None) or BlockExpansion([0, 2])
+    plan = toy_plan(rounds, seed, algorithm=algorithm, **{name: changes.pop(name) for name in PLAN & changes.keys()})
     return FederatedLoop(
-        model=model, tokenizer=None, algorithm=algorithm, data=data,
-        engine=changes.pop("engine", engine), sampler=CohortSampler(cohort, seed),
-        folder=RunFolder(folder), rounds=rounds, seed=seed, **changes,
+        plan=plan, algorithm=algorithm, engine=changes.pop("engine", None) or InProcess(),
+        sampler=CohortSampler(cohort, seed), folder=changes.pop("run_folder", None) or RunFolder(folder),
+        rounds=rounds, **changes,
     )  # fmt: skip
 
 

@@ -19,14 +19,15 @@ from case import BASE, START, Case, Rows, client_rows, in_order
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from fedbe.bench.display import without_display
+from fedbe.bench.display import quiet
 from fedbe.bench.overhead import UNEVALUATED, difference, timed
 from fedbe.config.build import build
 from fedbe.config.parser import read_run, run_parser
 from fedbe.data import FederatedDataModule
 from fedbe.federation.callback import FederatedCallback
 from fedbe.federation.loop import FederatedLoop
-from fedbe.messages import ClientTask
+from fedbe.federation.view import RunView
+from fedbe.messages import FitTask
 
 
 class CaseData(FederatedDataModule):
@@ -68,7 +69,7 @@ class Beginning(FederatedCallback):
 
     began: float | None = None
 
-    def on_client_start(self, loop: FederatedLoop, task: ClientTask) -> None:
+    def on_client_start(self, run: RunView, task: FitTask) -> None:
         """Note the time, the first time."""
         self.began = self.began or time.monotonic()
 
@@ -81,6 +82,7 @@ def configuration(case: Case, folder: Path, options: Collection[str]) -> dict[st
     }
     if case.kind == "blocks":
         algorithm = {"class_path": "fedbe.algorithms.BlockExpansion", "init_args": {"positions": list(case.positions)}}
+    forked = {"class_path": "fedbe.engines.Forked", "init_args": {"workers": 2}}
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.0}}
     return {
         "seed": case.seed,
@@ -88,7 +90,8 @@ def configuration(case: Case, folder: Path, options: Collection[str]) -> dict[st
         "algorithm": algorithm,
         "data": {"class_path": "framework.CaseData", "init_args": {"folder": str(folder)}},
         "client": {"optimizer": optimizer},
-        "federation": {"rounds": case.rounds + 1, "cohort": "all", "workers": 2 if "side-by-side" in options else 1},
+        "federation": {"rounds": case.rounds + 1, "cohort": "all"},
+        "engine": forked if "side-by-side" in options else {"class_path": "fedbe.engines.InProcess"},
         "trainer": {"max_steps": case.steps, "accelerator": "cpu"},
     } | ({"prefix": {"gib": 1.0}} if "prefix" in options else {})
 
@@ -98,11 +101,10 @@ def started_loop(case: Case, folder: Path, output: Path, options: Collection[str
     file = output / "run.yaml"
     file.write_text(yaml.safe_dump(configuration(case, folder, options)))
     run, config = read_run(run_parser("fit"), [f"--config={file}", f"--output={output}/run", *UNEVALUATED])
-    loop = build(run, config)
-    loop.callbacks = [*without_display(loop), Beginning()]
+    loop = quiet(build(run, config), Beginning())
     loop.setup()
     loop.on_run_start()
-    loop.restore(load_file(folder / START))
+    loop.server.restore(load_file(folder / START))
     return loop
 
 
@@ -121,7 +123,8 @@ def measure(case: Case, folder: Path, options: Collection[str] = ()) -> dict[str
                 found["bare"], found["steps"] = timed(bare.round)
             rounds.append(found)
     began = next(callback.began for callback in loop.callbacks if isinstance(callback, Beginning))
-    return {"rounds": rounds, "began": began} | ({"difference": difference(bare.state, loop.state)} if bare else {})
+    apart = {"difference": difference(bare.state, loop.server.state)} if bare else {}
+    return {"rounds": rounds, "began": began, **apart}
 
 
 def main(folder: Path, *options: str) -> None:

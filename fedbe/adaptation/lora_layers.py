@@ -25,6 +25,7 @@ from fedbe.modeling.verification import difference, observe
 from fedbe.seeding import isolated_rng
 
 ADAPTER = "default"
+KEY = "algorithm.init_args"
 Targets = Literal["all-linear", "attention"] | list[str] | None
 
 
@@ -49,7 +50,7 @@ class Adapter:
         return change.T if self.transposed else change
 
 
-def target_names(model: PreTrainedModel, targets: Targets, first_block: int = 0, key: str = "algorithm") -> list[str]:
+def target_names(model: PreTrainedModel, targets: Targets, first_block: int = 0, key: str = KEY) -> list[str]:
     """Return the exact names of the linear layers inside the blocks that get an adapter.
 
     Args:
@@ -57,7 +58,7 @@ def target_names(model: PreTrainedModel, targets: Targets, first_block: int = 0,
         targets: ``"all-linear"``; ``"attention"``, those inside a module whose class is named so; the last parts of
             names; or ``None`` for what `peft` has for the architecture, else all.
         first_block: The lowest block (from 0) whose layers count.
-        key: Where the algorithm is in the configuration.
+        key: Dotted key of the arguments in the configuration.
 
     Raises:
         ConfigError: A name fits no linear layer of the blocks.
@@ -80,14 +81,26 @@ def target_names(model: PreTrainedModel, targets: Targets, first_block: int = 0,
     return [name for name in linear if any(name in names for names in chosen.values())]
 
 
-def inject(model: PreTrainedModel, names: Sequence[str], config: LoraConfig, inputs: Batch) -> tuple[Adapter, ...]:
+def inject(
+    model: PreTrainedModel, names: Sequence[str], config: LoraConfig, inputs: Batch, key: str = KEY
+) -> tuple[Adapter, ...]:
     """Put adapters into a model, in place, freeze its base, and verify on `inputs` that no output changed.
+
+    Args:
+        model: The base model.
+        names: Exact names of the linear layers that get an adapter.
+        config: Rank, alpha and dropout of the adapters.
+        inputs: A real batch.
+        key: Dotted key of the arguments in the configuration.
+
+    Returns:
+        The adapted layers, in the order of the model.
 
     Raises:
         ConfigError: The rank is larger than a side of a layer.
         ExpansionError: The outputs changed, or `peft` adapted other layers.
     """
-    _check_rank(model, names, config.r)
+    _check_rank(model, names, config.r, key)
     before = observe(model, [inputs])
     config.target_modules = list(names)
     config.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
@@ -200,15 +213,15 @@ def _found(names: list[str], target: str, linear: list[str], key: str) -> list[s
         return names
     known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in linear)) or "none"
     remedy = f"{target!r} fits no linear layer of the blocks; their names end in {known}"
-    raise ConfigError(Problem(f"{key}.init_args.target_modules", target, remedy))
+    raise ConfigError(Problem(f"{key}.target_modules", target, remedy))
 
 
-def _check_rank(model: PreTrainedModel, names: Sequence[str], rank: int) -> None:
+def _check_rank(model: PreTrainedModel, names: Sequence[str], rank: int, key: str) -> None:
     for name in names:
         smallest = min(model.get_submodule(name).get_parameter("weight").shape)
         if rank > smallest:
             remedy = f"a rank is at most {smallest}, the smaller side of {name}"
-            raise ConfigError(Problem("algorithm.init_args.rank", rank, remedy))
+            raise ConfigError(Problem(f"{key}.rank", rank, remedy))
 
 
 def _adapter(name: str, layer: LoraLayer) -> Adapter:

@@ -9,7 +9,7 @@ from fedbe.aggregation.averaging import (
     SampleWeighted,
     TrimmedMean,
 )
-from fedbe.aggregation.base import Aggregator, check_extra, check_update
+from fedbe.aggregation.base import Aggregator, check_update, check_values
 from fedbe.aggregation.mean import HolderMean
 from fedbe.aggregation.privacy import PrivateMean
 from fedbe.aggregation.server_optimizers import FedAdagrad, FedAdam, FedAvgM, FedYogi, Mean, ServerOptimizer
@@ -31,6 +31,6 @@ __all__ = [
     "SampleWeighted",
     "ServerOptimizer",
     "TrimmedMean",
-    "check_extra",
     "check_update",
+    "check_values",
 ]

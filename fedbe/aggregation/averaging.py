@@ -10,26 +10,23 @@ from torch import Tensor
 
 from fedbe.aggregation.base import Aggregator, check_update
 from fedbe.aggregation.mean import HolderMean
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 from fedbe.messages import Update
+from fedbe.traits import ALL, Part, Trait, Traits
 
 
-class Averaging:
+class Averaging(Part):
     """Base class: how a round's updates are averaged, per tensor over its holders; by default weighted by samples.
 
     Subclass it in a file of your own and name it by ``class_path`` under ``federation.averaging``. Algorithms with a
-    rule of their own for what clients send, such as FLoRA, take the default only.
-
-    Attributes:
-        exact: Whether it is the sample-weighted mean itself.
-        covers_reports: Whether what clients tell the server besides tensors may be used by it.
+    rule of their own for what clients send, such as FLoRA, take `SampleWeighted` only.
     """
 
-    exact: bool = True
-    covers_reports: bool = True
+    needs: Traits = frozenset({Trait.AGGREGATION})
+    offers: Traits = ALL - {Trait.PLAIN_MEAN}
 
-    def check(self, key: str = "federation.averaging") -> list[Problem]:
-        """Return the mistakes in this configuration, found before work starts."""
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this configuration, found before work starts; see `Facts`."""
         return []
 
     def setup(self, clients: int, cohort: int, seed: int) -> None:
@@ -47,6 +44,9 @@ class Averaging:
 class SampleWeighted(Averaging):
     """The mean weighted by samples. Source: FedAvg (arXiv 1602.05629)."""
 
+    needs = frozenset()
+    offers = ALL
+
 
 class NormClipping(Averaging):
     """The sample-weighted mean of updates that are no longer than a bound: a longer one is scaled down to it.
@@ -57,16 +57,14 @@ class NormClipping(Averaging):
     Source: arXiv 1911.07963.
     """
 
-    exact = False
-
     def __init__(self, bound: float) -> None:
         self.bound = bound
 
-    def check(self, key: str = "federation.averaging") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for a bound that is not positive."""
         if math.isfinite(self.bound) and self.bound > 0:
             return []
-        return [Problem(f"{key}.init_args.bound", self.bound, "give a norm above 0")]
+        return [Problem(f"{key}.bound", self.bound, "give a norm above 0")]
 
     def begin(self, state: Mapping[str, Tensor], round_index: int) -> Aggregator:
         """Return the mean of clipped updates."""
@@ -76,7 +74,7 @@ class NormClipping(Averaging):
 class Collected(Averaging):
     """Base class of rules that need all updates of a round at once; they take the memory of a cohort's updates."""
 
-    exact = False
+    needs = frozenset({Trait.AGGREGATION, Trait.SERVER_SEES_UPDATES})
 
     def begin(self, state: Mapping[str, Tensor], round_index: int) -> Aggregator:
         """Return an aggregator that collects."""
@@ -115,11 +113,11 @@ class TrimmedMean(Collected):
     def __init__(self, share: float = 0.2) -> None:
         self.share = share
 
-    def check(self, key: str = "federation.averaging") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for a share out of range."""
         if 0 <= self.share < 0.5:
             return []
-        return [Problem(f"{key}.init_args.share", self.share, "give a share from 0 to below 0.5")]
+        return [Problem(f"{key}.share", self.share, "give a share from 0 to below 0.5")]
 
     def combine(self, values: Tensor, weights: Tensor) -> Tensor:
         """Return the trimmed means."""
@@ -142,11 +140,11 @@ class Krum(Collected):
         self.malicious = malicious
         self.take = take
 
-    def check(self, key: str = "federation.averaging") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for each number out of range."""
         least = {"malicious": (self.malicious, 0), "take": (self.take, 1)}
         return [
-            Problem(f"{key}.init_args.{name}", value, f"give {minimum} or more")
+            Problem(f"{key}.{name}", value, f"give {minimum} or more")
             for name, (value, minimum) in least.items()
             if value < minimum
         ]
@@ -194,8 +192,8 @@ class _ClippedMean(HolderMean):
         super().__init__(state)
         self._bound = bound
 
-    def _take(self, update: Update) -> None:
-        super()._take(clip_update(update, self._state, self._bound))
+    def add(self, update: Update) -> None:
+        super().add(clip_update(update, self._state, self._bound))
 
 
 class _Collector:
@@ -203,8 +201,10 @@ class _Collector:
         self._rule, self._state = rule, state
         self._updates: list[Update] = []
 
-    def add(self, update: Update) -> None:
+    def check(self, update: Update) -> None:
         check_update(update, self._state)
+
+    def add(self, update: Update) -> None:
         self._updates.append(update)
 
     def result(self) -> dict[str, Tensor]:

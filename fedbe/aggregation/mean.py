@@ -26,16 +26,16 @@ class HolderMean:
         self._mean: dict[str, Tensor] = {}
         self._weight: dict[str, int] = {}
 
-    def add(self, update: Update) -> None:
-        """Take in one update; call in the order of the cohort, since floating-point sums depend on order.
+    def check(self, update: Update) -> None:
+        """Refuse an update that must not enter the mean.
 
         Raises:
-            UpdateError: See `check_update`; nothing of the update is kept then.
+            UpdateError: See `check_update`.
         """
         check_update(update, self._state)
-        self._take(update)
 
-    def _take(self, update: Update) -> None:
+    def add(self, update: Update) -> None:
+        """Take in one update that was checked, in the order of the cohort: floating-point sums depend on order."""
         for name, tensor in update.tensors.items():
             weight = self._weight[name] = self._weight.get(name, 0) + update.samples
             if name in self._mean:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fedbe.aggregation.averaging import Averaging, clip_update
 from fedbe.aggregation.base import Aggregator, check_update
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 from fedbe.messages import Update
 from fedbe.seeding import generator
+from fedbe.traits import ALL, Trait
 
 
 class PrivateMean(Averaging):
@@ -30,23 +31,22 @@ class PrivateMean(Averaging):
     Source: DP-FedAvg (arXiv 1710.06963); the accountant of `dp_accounting`, Rényi, sampling without replacement.
     """
 
-    exact = False
-    covers_reports = False
+    offers = ALL - {Trait.PLAIN_MEAN, Trait.SERVER_SEES_REPORTS}
 
     def __init__(self, bound: float, noise_multiplier: float = 1.0, delta: float = 1e-5) -> None:
         self.bound = bound
         self.noise_multiplier = noise_multiplier
         self.delta = delta
 
-    def check(self, key: str = "federation.averaging") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for each number out of range, and for a missing library."""
-        key = f"{key}.init_args"
         positive = {"bound": self.bound, "noise_multiplier": self.noise_multiplier}
         problems = [Problem(f"{key}.{name}", v, "give a number above 0") for name, v in positive.items() if not v > 0]
         if not 0 < self.delta < 1:
             problems.append(Problem(f"{key}.delta", self.delta, "give a probability, such as 1e-5"))
         if find_spec("dp_accounting") is None:
-            problems.append(Problem(key, "dp_accounting", "is not installed: pip install 'fedbe[privacy]'"))
+            whole = key.removesuffix(".init_args")
+            problems.append(Problem(whole, "dp_accounting", "is not installed: pip install 'fedbe[privacy]'"))
         return problems
 
     def setup(self, clients: int, cohort: int, seed: int) -> None:
@@ -55,8 +55,8 @@ class PrivateMean(Averaging):
 
     def begin(self, state: Mapping[str, Tensor], round_index: int) -> Aggregator:
         """Return the aggregator of one round, with its own noise."""
-        noise = generator(self._seed, "privacy noise", round_index)
-        return _NoisySum(state, self.bound, self.bound * self.noise_multiplier, self._cohort, noise)
+        deviation = self.bound * self.noise_multiplier
+        return _NoisySum(state, self.bound, deviation, self._cohort, (self._seed, "privacy noise", round_index))
 
     def figures(self, rounds: int) -> dict[str, float]:
         """Return ε after so many rounds, and δ."""
@@ -82,14 +82,23 @@ class PrivateMean(Averaging):
 
 
 class _NoisySum:
+    """The sum of clipped changes with noise, a generator of its own for each tensor: whatever order they stand in."""
+
     def __init__(
-        self, state: Mapping[str, Tensor], bound: float, deviation: float, cohort: int, noise: torch.Generator
+        self,
+        state: Mapping[str, Tensor],
+        bound: float,
+        deviation: float,
+        cohort: int,
+        noise: tuple[int, str, int],
     ) -> None:
         self._state, self._bound, self._deviation, self._cohort, self._noise = state, bound, deviation, cohort, noise
         self._sum: dict[str, Tensor] = {}
 
-    def add(self, update: Update) -> None:
+    def check(self, update: Update) -> None:
         check_update(update, self._state)
+
+    def add(self, update: Update) -> None:
         for name, tensor in clip_update(update, self._state, self._bound).tensors.items():
             change = tensor.float() - self._state[name].float()
             self._sum[name] = self._sum[name] + change if name in self._sum else change
@@ -97,7 +106,8 @@ class _NoisySum:
     def result(self) -> dict[str, Tensor]:
         new = {}
         for name, before in self._state.items():
-            noise = self._deviation * torch.randn(before.shape, generator=self._noise)
+            chance = generator(*self._noise, name)
+            noise = self._deviation * torch.randn(before.shape, generator=chance)
             change = self._sum.get(name, 0) + noise.to(before.device)
             new[name] = (before.float() + change / self._cohort).to(before.dtype)
         return new

@@ -6,17 +6,20 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
+from fedbe.traits import Part, Trait, Traits
 
 
-class ServerOptimizer:
+class ServerOptimizer(Part):
     """Base class: what a step does with the mean of the updates; the default takes the mean as it is.
 
     Subclass it in a file of your own and name it by ``class_path`` under ``federation.server_optimizer``.
     """
 
-    def check(self, key: str = "federation.server_optimizer") -> list[Problem]:
-        """Return the mistakes in this configuration, found before work starts."""
+    needs: Traits = frozenset({Trait.AGGREGATION, Trait.LASTING_TENSORS})
+
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this configuration, found before work starts; see `Facts`."""
         return []
 
     def step(
@@ -46,6 +49,8 @@ class ServerOptimizer:
 class Mean(ServerOptimizer):
     """The mean replaces the global tensors, to the bit. Source: FedAvg (arXiv 1602.05629)."""
 
+    needs = frozenset()
+
 
 class _WithMoments(ServerOptimizer, ABC):
     """Moves each trained float tensor by its D = mean − global; moments are float32, one set for each tensor."""
@@ -54,9 +59,9 @@ class _WithMoments(ServerOptimizer, ABC):
         self.learning_rate = learning_rate
         self.moments: dict[str, dict[str, Tensor]] = {}
 
-    def check(self, key: str = "federation.server_optimizer") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for each number outside its range."""
-        return _positive(f"{key}.init_args", learning_rate=self.learning_rate)
+        return _positive(key, learning_rate=self.learning_rate)
 
     def step(
         self, state: Mapping[str, Tensor], mean: Mapping[str, Tensor], trained: Collection[str]
@@ -115,9 +120,9 @@ class FedAvgM(_WithMoments):
         super().__init__(learning_rate)
         self.momentum = momentum
 
-    def check(self, key: str = "federation.server_optimizer") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for each number outside its range."""
-        return super().check(key) + _below_one(f"{key}.init_args", momentum=self.momentum)
+        return super().check(key, facts) + _below_one(key, momentum=self.momentum)
 
     def change(self, difference: Tensor, moments: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ηm and m."""
@@ -143,10 +148,9 @@ class FedAdagrad(_WithMoments):
         self.beta_1 = beta_1
         self.tau = tau
 
-    def check(self, key: str = "federation.server_optimizer") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for each number outside its range."""
-        key_of = f"{key}.init_args"
-        return [*super().check(key), *_below_one(key_of, beta_1=self.beta_1), *_positive(key_of, tau=self.tau)]
+        return [*super().check(key, facts), *_below_one(key, beta_1=self.beta_1), *_positive(key, tau=self.tau)]
 
     def change(self, difference: Tensor, moments: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ηm/(√v + τ), and m and v."""
@@ -181,9 +185,9 @@ class FedAdam(FedAdagrad):
         super().__init__(learning_rate, beta_1, tau)
         self.beta_2 = beta_2
 
-    def check(self, key: str = "federation.server_optimizer") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for each number outside its range."""
-        return super().check(key) + _below_one(f"{key}.init_args", beta_2=self.beta_2)
+        return super().check(key, facts) + _below_one(key, beta_2=self.beta_2)
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """Return the decaying mean of D²."""

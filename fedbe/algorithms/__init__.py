@@ -4,14 +4,13 @@ Marks in the docstrings say what a rule rests on: C, confirmed in the paper or i
 can be checked by algebra; R, our reconstruction, because no public text gives it.
 """
 
-from fedbe.algorithms.base import Algorithm
+from fedbe.algorithms.base import Algorithm, Strategy
 from fedbe.algorithms.blocks.block_expansion import BlockExpansion
 from fedbe.algorithms.blocks.fedbe import FedBE
 from fedbe.algorithms.blocks.gated import Gated
 from fedbe.algorithms.blocks.unfreeze import Unfreeze
-from fedbe.algorithms.controls.centralized import Centralized, PooledData
+from fedbe.algorithms.controls.centralized import Centralized
 from fedbe.algorithms.controls.local import LocalOnly
-from fedbe.algorithms.controls.wrapper import Wrapper
 from fedbe.algorithms.full import FedAvg
 from fedbe.algorithms.lora.base import LoRA
 from fedbe.algorithms.lora.fed_talora import FedTaLoRA
@@ -23,6 +22,7 @@ from fedbe.algorithms.lora.flexlora import FlexLoRA
 from fedbe.algorithms.lora.flora import FLoRA
 from fedbe.algorithms.lora.hetlora import HetLoRA
 from fedbe.algorithms.lora.slora import SLoRA
+from fedbe.data import PooledData
 
 __all__ = [
     "Algorithm",
@@ -43,6 +43,6 @@ __all__ = [
     "LocalOnly",
     "PooledData",
     "SLoRA",
+    "Strategy",
     "Unfreeze",
-    "Wrapper",
 ]

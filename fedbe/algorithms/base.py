@@ -1,229 +1,169 @@
-"""The protocol of a federated algorithm."""
+"""What an algorithm is made of: an adaptation, a strategy of the server, and a topology."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedbe.adaptation.base import Adaptation, Tensors
 from fedbe.aggregation import Aggregator, HolderMean
+from fedbe.algorithms.topology import Federated, Topology
 from fedbe.allocation.capabilities import Capabilities
-from fedbe.data import Batch
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 from fedbe.expansion import ExportReport
-from fedbe.expansion.probe import ProbeReport
-from fedbe.messages import ClientTask, Update
-from fedbe.modeling.tensors import copy_tensors, load_tensors
+from fedbe.messages import FitTask, ProbeReport, Structure, Update
+from fedbe.traits import Part, Traits
 
 
-class Algorithm(ABC):
-    """What is trainable, who trains it, how updates become the next state, and how the result is exported.
+class Strategy(Part):
+    """The server's side: who trains what, what travels, and how updates become the next state.
 
-    Subclass it in a file of your own and name it by ``class_path`` under ``algorithm:``. Defaults: each client of the
-    cohort trains everything trainable, and the server takes the holders' sample-weighted mean.
+    The default lets every client of the cohort train everything, sends the whole state, and takes the sample-weighted
+    mean over the holders of each tensor.
 
     Attributes:
-        personalised: Whether each client has a model of its own, made from what it receives and what it keeps.
-        restarts: Whether what clients train starts anew in every round, so that nothing can be carried over.
-        aggregates: Whether what clients train becomes part of a global model at all.
-        pooled: Whether one client trains on the data of all.
-        own_average: Whether what clients send cannot be averaged by another rule than its own aggregator's.
-        seed: The run's seed, set before `prepare`.
-        tokenizer: The base model's, or ``None``, set before `prepare`.
-        capabilities: What clients can afford, set after `prepare`; ``None`` where their devices are not simulated.
+        seed: The run's seed, set before `probed`.
+        adaptation: What is trained, set by `setup`; with several in a `Stack` the whole stack.
+        capabilities: What clients can afford, set after `setup`; ``None`` where their devices are not simulated.
     """
 
-    personalised: bool = False
-    restarts: bool = False
-    aggregates: bool = True
-    pooled: bool = False
-    own_average: bool = False
     seed: int = 0
-    tokenizer: PreTrainedTokenizerBase | None = None
+    adaptation: Adaptation
     capabilities: Capabilities | None = None
 
-    def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
-        """Return the mistakes in this configuration for a base model of `depth` blocks, found before work starts."""
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this configuration, found before work starts; see `Facts`."""
         return []
 
-    @property
-    def reports(self) -> str | None:
-        """What clients tell the server besides tensors and it acts on, in words; by default nothing."""
-        return None
-
-    @property
-    def shares_passes(self) -> bool:
-        """Whether `begin` and `finish` do no more than load and copy tensors, so that clients may train in one pass.
-
-        By default where they are the ones of this class.
-        """
-        kind = type(self)
-        return kind.begin is Algorithm.begin and kind.finish is Algorithm.finish
-
     def probed(self, client_ids: Sequence[str]) -> Sequence[str]:
-        """Return the clients that look at the base model before `prepare`; by default none."""
+        """Return the clients that look at the base model before it is adapted; by default none."""
         return ()
 
-    def probe(self, model: PreTrainedModel, client_id: str, batches: Iterator[Batch]) -> ProbeReport:
-        """Return what a client reports of the base model, in a few numbers; runs where the client is.
+    def place(self, reports: Sequence[ProbeReport], depth: int) -> Structure | None:
+        """Return the structure that the model begins with.
 
         Args:
-            model: The base model; it must be the same afterwards.
-            client_id: The client's name.
-            batches: The client's batches, to take as many of as needed.
-        """
-        raise NotImplementedError(f"{type(self).__name__} asks clients to probe and does not say how")
+            reports: Those of the clients that were asked.
+            depth: Blocks of the base model.
 
-    def place(self, reports: Sequence[ProbeReport]) -> None:
-        """Take in the reports of the clients that were asked, before `prepare`."""
+        Returns:
+            The structure for `Adaptation.prepare`; ``None`` for the one that the configuration says.
+        """
         return None
 
-    @abstractmethod
-    def prepare(self, model: PreTrainedModel, inputs: Batch) -> None:
-        """Turn the base model into the resident model, in place, once, before round 1.
-
-        Args:
-            model: The base model.
-            inputs: A real batch on which the outputs must stay what they were.
-
-        Raises:
-            ExpansionError: The model cannot be changed without changing its outputs.
-        """
-
-    @property
-    @abstractmethod
-    def trainable_names(self) -> tuple[str, ...]:
-        """Exact names of all parameters that any client may train; available after `prepare`."""
-
-    def units(self) -> dict[str, tuple[str, ...]]:
-        """Return the units of allocation, name → parameter names; by default one unit holds everything."""
-        return {"all": self.trainable_names}
+    def setup(self, adaptation: Adaptation) -> None:
+        """Learn what is trained, once the model is prepared."""
+        self.adaptation = adaptation
 
     def allocate(self, cohort: Sequence[str], round_index: int) -> dict[str, tuple[str, ...]]:
-        """Return the units that each client of the cohort trains this round; by default all of them."""
-        return dict.fromkeys(cohort, tuple(self.units()))
+        """Return the units that each client of the cohort trains this round; by default all of them.
+
+        Returns:
+            Client → names of units, in the order of the cohort; a client with no unit sits the round out. Every client
+            of the cohort is in it.
+        """
+        return dict.fromkeys(cohort, tuple(self.adaptation.units()))
 
     def explanation(self) -> dict[str, Any]:
         """Return why the last allocation is what it is, as plain JSON values; by default nothing."""
         return {}
 
-    @property
-    def grows(self) -> bool:
-        """Whether `grow` may change the model in this configuration; by default never."""
-        return False
-
-    def grow(self, model: PreTrainedModel, inputs: Batch, record: Mapping[str, Any]) -> Mapping[str, str] | None:
-        """Change the resident model's structure after a round, but none of its outputs; by default nothing changes.
-
-        Args:
-            model: The resident model.
-            inputs: The real batch that `prepare` got.
-            record: The round's line of `metrics.jsonl` so far.
-
-        Returns:
-            Old → new name of each parameter whose name has changed; ``None`` if nothing has changed.
-        """
-        return None
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """Exact names of all parameters that make up the global state; by default those that train."""
-        return self.trainable_names
-
-    @property
-    def has_dial(self) -> bool:
-        """Whether `dial` has a meaning: there is one global model, and clients' training becomes part of it."""
-        return self.aggregates and not self.personalised
-
-    @property
-    def dialled_names(self) -> tuple[str, ...]:
-        """Exact names of the global tensors that the dial moves; by default all.
-
-        A new task head is left as trained by every method of ours: it is no part of what the base model could do, and
-        nothing but chance would be at its other end.
-        """
-        return self.state_names
-
-    def dial(self, start: Mapping[str, Tensor], state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-        """Return the global tensors with a part of what fine-tuning added: of 0 nothing, the base model; of 1 all.
-
-        Args:
-            start: The global tensors right after `prepare`.
-            state: The trained ones; those that the dial does not move are returned as they are.
-            factor: The part a.
-
-        Source: WiSE-FT (arXiv 2109.01903) for linear interpolation of weights; which tensors move is ours.
-        """
-        moved = frozenset(self.dialled_names)
-        return {
-            name: interpolated(start[name], tensor, factor) if name in moved else tensor
-            for name, tensor in state.items()
-        }
-
-    def send(self, state: Mapping[str, Tensor], client_id: str) -> Mapping[str, Tensor]:
+    def send(self, state: Tensors, client_id: str) -> Tensors:
         """Return what a client downloads at the start of its round; by default the whole global state."""
         return state
 
-    def begin(self, model: PreTrainedModel, task: ClientTask) -> None:
-        """Load what a client received, and what it kept, into the resident model; runs where the client is.
+    @property
+    def peeked_names(self) -> frozenset[str]:
+        """Names of tensors that clients keep and a simulation may look at, to score a global model with them."""
+        return frozenset()
 
-        Raises:
-            ValueError: A tensor that it trains is in neither, and would be what the client before left behind.
-        """
-        left_behind = set(task.trainable_names) - task.received.keys() - task.kept.keys()
-        if left_behind:
-            raise ValueError(f"client {task.client_id!r} trains {min(left_behind)!r} but has no value to start from")
-        load_tensors(model, {**task.received, **task.kept})
-
-    def added_loss(self, model: PreTrainedModel, task: ClientTask) -> Callable[[], Tensor] | None:
-        """Return what is added to the model's own loss in a client's steps; by default nothing.
-
-        Called after `begin`; what it returns is called after each forward pass on a batch of the client's.
-        """
-        return None
-
-    def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Return what a trained client sends, and what it keeps; runs where the client is."""
-        return copy_tensors(model, task.trainable_names), {}
-
-    def watched(self, trainable_names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-        """Return the units whose gradients a client that trains these parameters measures; by default none."""
-        return {}
-
-    def observe(self, task: ClientTask, update: Update) -> None:
-        """Take in what a client's update says besides its tensors; called in the order of the cohort."""
-        return None
-
-    def aggregator(self, state: Mapping[str, Tensor]) -> Aggregator:
+    def aggregator(self, state: Tensors) -> Aggregator:
         """Return a fresh aggregator for one round, starting from the global tensors `state`."""
         return HolderMean(state)
 
+    def check_report(self, task: FitTask, update: Update) -> None:
+        """Refuse an update whose metrics `observe` could not use; nothing is taken in.
+
+        Raises:
+            UpdateError: It cannot be used; the message names the client and the metric.
+        """
+
+    def observe(self, task: FitTask, update: Update) -> None:
+        """Take in what an accepted update says besides its tensors; called in the order of the cohort."""
+
+    def grow(self, record: Mapping[str, Any]) -> Structure | None:
+        """Return the structure that the model is to have from the next round on; ``None`` to leave it.
+
+        Args:
+            record: The round's line of `metrics.jsonl` so far.
+        """
+        return None
+
+    def restructured(self, renamed: Mapping[str, str]) -> None:
+        """Follow the adaptation's change of structure; parameters have new names, old → new."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that the server needs to continue, beyond the global state, by name."""
+        return {}
+
+    def load_tensors(self, tensors: Tensors, state: Tensors) -> None:
+        """Continue from `tensors`; called after `setup`.
+
+        Args:
+            tensors: What `tensors` returned.
+            state: The global tensors that they belong to.
+        """
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what the server knows beyond the global state and needs to continue, as plain JSON values."""
+        """Return what the server knows beyond tensors and needs to continue, as plain JSON values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
-        return None
+        """Continue from a `state_dict`; the model has its structure by then."""
 
-    @abstractmethod
+
+class Algorithm:
+    """A preset: what is added to the model, what the server does with updates, and who talks to whom.
+
+    Subclass it, or one of the presets, in a file of your own and name it by ``class_path`` under ``algorithm:``. The
+    annotations of the constructor are the schema of ``init_args``.
+
+    Args:
+        adaptation: What is added to the model and trained.
+        strategy: The server's side; by default all clients train everything and the mean is taken.
+        topology: Who talks at all; by default server and clients.
+    """
+
+    def __init__(
+        self, adaptation: Adaptation, strategy: Strategy | None = None, topology: Topology | None = None
+    ) -> None:
+        self.adaptation = adaptation
+        self.strategy = strategy or Strategy()
+        self.topology = topology or Federated()
+
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this configuration, found before work starts; see `Facts`."""
+        self.adaptation.key = key
+        return [*self.adaptation.check(key, facts), *self.strategy.check(key, facts)]
+
     def export(
         self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None
     ) -> ExportReport:
-        """Write the resident model as a checkpoint, plain wherever the architecture allows it."""
+        """Write the adapted model as its adaptation does; the report says what the topology has to add."""
+        report, note = self.adaptation.export(model, directory, tokenizer), self.topology.export_note
+        return replace(report, reason=f"{report.reason} {note}") if note else report
 
+    @property
+    def needs(self) -> Traits:
+        """What must hold in a run for its three parts to make sense."""
+        return self.adaptation.needs | self.strategy.needs | self.topology.needs
 
-def interpolated(start: Tensor, trained: Tensor, factor: float) -> Tensor:
-    """Return start + a(trained − start), exactly `start` for a = 0 and exactly `trained` for a = 1.
-
-    Args:
-        start: Any shape.
-        trained: The same shape; its dtype is the result's, computed in float32.
-        factor: a.
-    """
-    if factor in (0, 1):
-        return trained if factor == 1 else start
-    first, last = start.float(), trained.float()
-    return (first + factor * (last - first)).to(trained.dtype)
+    @property
+    def offers(self) -> Traits:
+        """What still holds in a run with this algorithm."""
+        return self.adaptation.offers & self.strategy.offers & self.topology.offers

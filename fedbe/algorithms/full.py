@@ -1,12 +1,7 @@
 """Full fine-tuning: every parameter is trained by every client."""
 
-from pathlib import Path
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from fedbe.adaptation.whole_model import WholeModel
 from fedbe.algorithms.base import Algorithm
-from fedbe.data import Batch
-from fedbe.expansion import ExportReport, head_parameter_names, save_plain
 
 
 class FedAvg(Algorithm):
@@ -20,26 +15,4 @@ class FedAvg(Algorithm):
     """
 
     def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
-        self._head: frozenset[str] = frozenset()
-
-    def prepare(self, model: PreTrainedModel, inputs: Batch) -> None:
-        """Note the names of the parameters; the model stays what it is."""
-        self._names = tuple(name for name, _ in model.named_parameters())
-        self._head = frozenset(head_parameter_names(model))
-
-    @property
-    def trainable_names(self) -> tuple[str, ...]:
-        """Exact names of all parameters; of tied ones the first."""
-        return self._names
-
-    @property
-    def dialled_names(self) -> tuple[str, ...]:
-        """Exact names of all parameters but those of a new task head."""
-        return tuple(name for name in self._names if name not in self._head)
-
-    def export(
-        self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None
-    ) -> ExportReport:
-        """Write the model as the plain checkpoint that it is."""
-        return save_plain(model, directory, tokenizer)
+        super().__init__(WholeModel())

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedbe.allocation.best_sets import Bools, CohortCosts, Floats, best_sets
 from fedbe.allocation.coverage import covering_sets
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 Limit = Literal["time", "memory", "none"]
 """What keeps a client from training all blocks."""
@@ -73,7 +73,7 @@ class Allocator:
 
     coverage: int = 1
 
-    def check(self, key: str = "algorithm.init_args.allocator") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem when the coverage is negative."""
         if self.coverage < 0:
             return [Problem(f"{key}.coverage", self.coverage, "give 0 or more trainers for each block")]

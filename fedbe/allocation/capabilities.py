@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fedbe.allocation.clock import SimulatedClock, steps_within
 from fedbe.allocation.cost import Cost, CostModel, UnitCosts, seconds
 from fedbe.allocation.profiles import Profile, available
-from fedbe.messages import ClientTask, Update
+from fedbe.messages import FitTask, Update
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,22 @@ class Capabilities:
         """Return what units of allocation cost, in additive form."""
         return self.costs.units(units, self.samples_per_step)
 
-    def cost(self, task: ClientTask) -> Cost:
+    def cost(self, task: FitTask) -> Cost:
         """Return what a client's local steps cost."""
         steps = self.steps[task.client_id] if task.max_steps is None else task.max_steps
         return self.costs.cost(task.trainable_names, self.samples_per_step, steps)
 
-    def seconds(self, task: ClientTask, update: Update) -> float:
+    def seconds(self, task: FitTask, update: Update) -> float:
         """Return how long a client took to download, train and upload."""
         profile = self.profile(task.client_id, task.round_index)
         return seconds(self.cost(task), profile, task.bytes_down, update.bytes_up)
 
-    def lacking_memory(self, task: ClientTask) -> float:
+    def lacking_memory(self, task: FitTask) -> float:
         """Return how many bytes a client's device has too few for its task; 0 if it has enough."""
         has = self.profile(task.client_id, task.round_index).memory_bytes
         return max(0.0, self.cost(task).memory_bytes - has)
 
-    def max_steps(self, task: ClientTask) -> int | None:
+    def max_steps(self, task: FitTask) -> int | None:
         """Return how many local steps end by the deadline, where clients may stop early; ``None`` for all of them.
 
         The upload is taken to be the trained parameters, which is more than some methods send.

@@ -6,7 +6,7 @@ from math import floor, inf
 from typing import Literal
 
 from fedbe.allocation.profiles import Fleet
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 Late = Literal["wait", "drop", "partial"]
 # Whoever takes as many steps as fit may be a rounding error behind.
@@ -41,9 +41,9 @@ class SimulatedClock:
     late: Late = "wait"
     deadline_seconds: float | None = None
 
-    def check(self, key: str = "clock") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in this section, the fleet's among them."""
-        problems = self.fleet.check(f"{key}.fleet")
+        problems = self.fleet.check(f"{key}.fleet.init_args", facts)
         if self.late != "wait" and self.deadline_seconds is None:
             problems.append(Problem(f"{key}.deadline_seconds", None, f"late: {self.late} needs a deadline in seconds"))
         if self.deadline_seconds is not None and not 0 < self.deadline_seconds < inf:

@@ -1,8 +1,7 @@
 """What the parts of a model cost, counted on real forward and backward passes: FLOPs and saved activations."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedbe.allocation.passes import BlockRun, Call, Graph, OutsideRun, flop_counter, observe, storages
-from fedbe.expansion import freeze, set_training_modes
 from fedbe.modeling.architecture import find_blocks
+from fedbe.modeling.freezing import freeze, set_training_modes
+from fedbe.modeling.passes import freezing_kept, modes_kept
 from fedbe.seeding import isolated_rng
 
 
@@ -74,7 +74,7 @@ def count(model: PreTrainedModel, inputs: Mapping[str, Tensor], names: Iterable[
 
     Source: ours, on PyTorch's FLOP formulas (matrix products, attention, convolutions) and hooks on saved tensors.
     """
-    with _left_as_it_was(model), isolated_rng(0):
+    with modes_kept(model), freezing_kept(model), isolated_rng(0):
         trained = _by_identity(model, names)
         blocks = list(find_blocks(model).blocks)
         calls, forward_flops = observe(model, blocks, inputs)
@@ -168,16 +168,3 @@ def _shared(calls: Sequence[Call]) -> dict[int, int]:
     each = [storages(call.tensors) for call in calls]
     met = Counter(address for held in each for address in held)
     return {address: size for held in each for address, size in held.items() if met[address] > 1}
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)

@@ -1,7 +1,7 @@
-"""Real passes through the parts of a model, with hooks that count FLOPs and see what autograd saves."""
+"""Real passes through the parts of a model, which count FLOPs and see what autograd saves."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from fedbe.expansion import freeze, set_training_modes
 from fedbe.modeling.base_model import forward_options
+from fedbe.modeling.freezing import freeze, set_training_modes
+from fedbe.modeling.passes import Pass, replaced
 
 
 @dataclass
@@ -118,18 +119,20 @@ class OutsideRun:
         below, above = Graph([], None, 0), Graph([], None, 0)
         saved = Saved(self.ignored)
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def enter(own: Pass, *args: Any, **kwargs: Any) -> Any:
             below.outputs, below.saved_bytes = Call(args, kwargs).tensors, saved.total
-            return tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+            return own(*args, **kwargs)
 
-        def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        def leave(own: Pass, *args: Any, **kwargs: Any) -> Any:
+            output = own(*args, **kwargs)
             hidden = _first(output).detach().requires_grad_(input_gradient)
             above.hidden = hidden if input_gradient else None
             saved.bytes.clear()
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        first = self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
-        last = self.blocks[-1].register_forward_hook(leave)
+        first = replaced(self.blocks[0], enter, with_hooks=True)
+        last = replaced(self.blocks[-1], leave, with_hooks=True)
         with torch.enable_grad(), saved.noted(), first, last:
             above.outputs = [_outcome(self.model, self.inputs)]
         above.saved_bytes = saved.total
@@ -172,19 +175,19 @@ def observe(
     marks = [0]
     counter = flop_counter()
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def watch(own: Pass, *args: Any, **kwargs: Any) -> Any:
         if not calls:
             marks.append(counter.get_total_flops())
         calls.append(Call(args, dict(kwargs)))
+        output = own(*args, **kwargs)
+        marks.append(counter.get_total_flops())
+        return output
 
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(lambda *_: marks.append(counter.get_total_flops())) for block in blocks]
-    try:
+    with ExitStack() as watched:
+        for block in blocks:
+            watched.enter_context(replaced(block, watch, with_hooks=True))
         with torch.no_grad(), counter:
             _outcome(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     marks.append(counter.get_total_flops())
     return calls, [after - before for before, after in pairwise(marks)]
 

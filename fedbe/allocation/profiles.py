@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from fedbe.errors import ConfigError, Problem
+from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.seeding import generator
 
 GIB = 2**30
@@ -34,7 +34,7 @@ class Profile:
     download_bytes_per_second: float
     availability: float = 1.0
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in these numbers."""
         positive = {name: value for name, value in vars(self).items() if name != "availability"}
         problems = [
@@ -96,8 +96,8 @@ FLEETS: Mapping[str, Mapping[str, float]] = {
 class Fleet(ABC):
     """The clients' devices: subclass it in a file of your own and name it by ``class_path`` under ``fleet:``."""
 
-    def check(self, key: str = "fleet") -> list[Problem]:
-        """Return the mistakes in this configuration, found before work starts."""
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this configuration, found before work starts; see `Facts`."""
         return []
 
     def setup(self, client_ids: Sequence[str], seed: int) -> None:  # noqa: B027
@@ -124,12 +124,12 @@ class GivenFleet(Fleet):
         self.profiles = profiles
         self.default = default
 
-    def check(self, key: str = "fleet") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the profiles."""
         named = {f"profiles.{client}": profile for client, profile in self.profiles.items()}
         if self.default is not None:
             named["default"] = self.default
-        return [problem for name, profile in named.items() for problem in profile.check(f"{key}.init_args.{name}")]
+        return [problem for name, profile in named.items() for problem in profile.check(f"{key}.{name}", facts)]
 
     def setup(self, client_ids: Sequence[str], seed: int) -> None:
         """Check that each client has a profile, and that each profile has a client.
@@ -138,10 +138,10 @@ class GivenFleet(Fleet):
             ConfigError: One has none.
         """
         unknown = sorted(set(self.profiles) - set(client_ids))
-        problems = [Problem(f"fleet.init_args.profiles.{name}", name, "there is no such client") for name in unknown]
+        problems = [Problem(f"profiles.{name}", name, "there is no such client") for name in unknown]
         missing = [client for client in client_ids if client not in self.profiles]
         if missing and self.default is None:
-            problems.append(Problem("fleet.init_args.profiles", missing, "give these clients profiles, or a default"))
+            problems.append(Problem("profiles", missing, "give these clients profiles, or a default"))
         if problems:
             raise ConfigError(*problems)
 
@@ -187,9 +187,8 @@ class DeviceFleet(Fleet):
         """The share of each kind of device."""
         return FLEETS[self.shares] if isinstance(self.shares, str) else self.shares
 
-    def check(self, key: str = "fleet") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in shares, devices and factors."""
-        key = f"{key}.init_args"
         problems = []
         for name, value in {"scale": self.scale, "memory_scale": self.memory_scale}.items():
             if value is not None and not 0 < value < math.inf:
@@ -205,7 +204,7 @@ class DeviceFleet(Fleet):
         values = self.proportions.values()
         if not all(0 <= share <= 1 for share in values) or not math.isclose(sum(values), 1, abs_tol=1e-6):
             problems.append(Problem(f"{key}.shares", dict(self.proportions), "shares lie in [0, 1] and sum to 1"))
-        each = {name: profile.check(f"{key}.devices.{name}") for name, profile in self.devices.items()}
+        each = {name: profile.check(f"{key}.devices.{name}", facts) for name, profile in self.devices.items()}
         return problems + [problem for found in each.values() for problem in found]
 
     def setup(self, client_ids: Sequence[str], seed: int) -> None:
@@ -259,9 +258,9 @@ class MeasuredFleet(Fleet):
         self.device = device
         self._profile: Profile | None = None
 
-    def check(self, key: str = "fleet") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the bandwidths."""
-        return Profile(1, 1, self.upload_bytes_per_second, self.download_bytes_per_second).check(f"{key}.init_args")
+        return Profile(1, 1, self.upload_bytes_per_second, self.download_bytes_per_second).check(key, facts)
 
     def setup(self, client_ids: Sequence[str], seed: int) -> None:
         """Measure the machine."""

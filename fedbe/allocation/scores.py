@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedbe.errors import ConfigError, Problem, UpdateError
+from fedbe.errors import ConfigError, Facts, Problem, UpdateError
 from fedbe.seeding import generator
+from fedbe.traits import Part, Trait, Traits
 
 Floats = NDArray[np.float64]
 
@@ -18,24 +19,24 @@ LEAST = 0.05
 """A learned score is never below this share of the client's mean: no block is written off for good."""
 
 
-class Score(ABC):
+class Score(Part, ABC):
     """Base class: the value of each block to each client, 0 or more; only ratios within a client's row matter much.
 
-    Subclass it in a file of your own and name it by ``class_path``. By default it learns nothing.
+    Subclass it in a file of your own and name it by ``class_path``. By default it learns nothing, but is taken to: one
+    that does not depend on what clients report has empty `needs`.
 
     Attributes:
-        needs_labels: Whether `setup` needs the clients' label distributions.
-        learns: Whether it depends on what clients report of their data.
+        probe_fields: What it needs of every client's probe before round 1: fields of `ProbeReport`, such as ``labels``.
         client_ids: All clients of the run.
         block_names: The blocks, the lowest first.
         seed: The run's seed.
     """
 
-    needs_labels: bool = False
-    learns: bool = True
+    needs: Traits = frozenset({Trait.SERVER_SEES_REPORTS})
+    probe_fields: frozenset[str] = frozenset()
 
-    def check(self, key: str = "algorithm.init_args.score") -> list[Problem]:
-        """Return the mistakes in this configuration, found before work starts."""
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this configuration, found before work starts; see `Facts`."""
         return []
 
     def setup(
@@ -61,7 +62,27 @@ class Score(ABC):
         self.seed = seed
 
     def probe(self, client_id: str, gradient_norms: Mapping[str, float]) -> None:
-        """Take a client's gradient norms by block from before any training."""
+        """Take a client's gradient norms by block from before any training.
+
+        Raises:
+            UpdateError: A number is not finite, or a block is unknown.
+        """
+        return None
+
+    def check_report(
+        self, client_id: str, gradient_norms: Mapping[str, float], loss_before: float | None, loss_after: float | None
+    ) -> None:
+        """Refuse what `observe` could not use, before anything of the client's round is taken in; by default nothing.
+
+        Args:
+            client_id: The client.
+            gradient_norms: As in `observe`, and like the losses a number of any kind: NaN, infinite, negative.
+            loss_before: As in `observe`.
+            loss_after: As in `observe`.
+
+        Raises:
+            UpdateError: It cannot be used; the message names the client.
+        """
         return None
 
     def observe(
@@ -74,15 +95,14 @@ class Score(ABC):
     ) -> None:
         """Take what a client reports of a round; within a round the order of clients does not matter.
 
+        It never raises: `check_report` has let the report pass.
+
         Args:
             client_id: The client.
             gradient_norms: Norm of the gradient of each block it trained, by the block's name; on the probe's scale.
             loss_before: Its mean loss at the start of its round, in nats; ``None`` if not measured.
             loss_after: The same at the end.
             round_index: 0-based round; never before one that was observed.
-
-        Raises:
-            UpdateError: A number is not finite, or a block is unknown.
         """
         return None
 
@@ -109,11 +129,11 @@ class _MovingAverage(Score):
         self.decay = decay
         self.averages: dict[str, dict[str, float]] = {}
 
-    def check(self, key: str = "algorithm.init_args.score") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for a decay outside [0, 1)."""
         if 0 <= self.decay < 1:
             return []
-        return [Problem(f"{key}.init_args.decay", self.decay, "give a number from 0 to below 1")]
+        return [Problem(f"{key}.decay", self.decay, "give a number from 0 to below 1")]
 
     def values(self, cohort: Sequence[str], round_index: int) -> Floats:
         """Return the averages in units of each client's mean, ``[K, L]``."""
@@ -131,11 +151,15 @@ class _MovingAverage(Score):
         """Continue from a `state_dict`."""
         self.averages = {client: dict(blocks) for client, blocks in state["averages"].items()}
 
-    def _update(self, client_id: str, numbers: Mapping[str, float]) -> None:
-        averages = self.averages.setdefault(client_id, {})
+    def _check_blocks(self, client_id: str, numbers: Mapping[str, float]) -> None:
+        """Refuse a number that is not finite, or one of a block that there is not."""
         for block, number in numbers.items():
             if block not in self.block_names or not math.isfinite(number):
                 raise UpdateError(f"client {client_id!r} reports {number!r} for block {block!r}: no score can use that")
+
+    def _update(self, client_id: str, numbers: Mapping[str, float]) -> None:
+        averages = self.averages.setdefault(client_id, {})
+        for block, number in numbers.items():
             averages[block] = self.decay * averages.get(block, number) + (1 - self.decay) * number
 
 
@@ -169,16 +193,23 @@ class GradientScore(_MovingAverage):
         self.trained: dict[str, float] = {}
         self._last_round = 0
 
-    def check(self, key: str = "algorithm.init_args.score") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for each number outside its range."""
-        problems = super().check(key)
+        problems = super().check(key, facts)
         if not (self.rarity >= 0 and math.isfinite(self.rarity)):
-            problems.append(Problem(f"{key}.init_args.rarity", self.rarity, "give a number of 0 or more"))
+            problems.append(Problem(f"{key}.rarity", self.rarity, "give a number of 0 or more"))
         return problems
 
     def probe(self, client_id: str, gradient_norms: Mapping[str, float]) -> None:
         """Start the client's averages from its probe."""
+        self._check_blocks(client_id, gradient_norms)
         self._update(client_id, gradient_norms)
+
+    def check_report(
+        self, client_id: str, gradient_norms: Mapping[str, float], loss_before: float | None, loss_after: float | None
+    ) -> None:
+        """Refuse a norm that is not finite, or one of a block that there is not."""
+        self._check_blocks(client_id, gradient_norms)
 
     def observe(
         self,
@@ -232,6 +263,16 @@ class LossScore(_MovingAverage):
     def __init__(self, decay: float = 0.5) -> None:
         super().__init__(decay)
 
+    def check_report(
+        self, client_id: str, gradient_norms: Mapping[str, float], loss_before: float | None, loss_after: float | None
+    ) -> None:
+        """Refuse losses that are not finite, and a block that there is not."""
+        if loss_before is None or loss_after is None or not gradient_norms:
+            return
+        if not math.isfinite(loss_before + loss_after):
+            raise UpdateError(f"client {client_id!r} reports losses of {loss_before!r} and {loss_after!r}")
+        self._check_blocks(client_id, dict.fromkeys(gradient_norms, 0.0))
+
     def observe(
         self,
         client_id: str,
@@ -243,8 +284,6 @@ class LossScore(_MovingAverage):
         """Move the client's averages of the blocks it trained; without two losses nothing is learned."""
         if loss_before is None or loss_after is None or not gradient_norms:
             return
-        if not math.isfinite(loss_before + loss_after):
-            raise UpdateError(f"client {client_id!r} reports losses of {loss_before!r} and {loss_after!r}")
         fall = max(0.0, 1 - loss_after / loss_before) if loss_before > 0 else 0.0
         self._update(client_id, dict.fromkeys(gradient_norms, fall / len(gradient_norms)))
 
@@ -265,17 +304,17 @@ class LabelDivergenceScore(Score):
     Source: ours.
     """
 
-    needs_labels = True
+    probe_fields = frozenset({"labels"})
 
     def __init__(self, strength: float = 0.5) -> None:
         self.strength = strength
         self.divergences: dict[str, float] = {}
 
-    def check(self, key: str = "algorithm.init_args.score") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for a strength outside (−1, 1)."""
         if -1 < self.strength < 1:
             return []
-        return [Problem(f"{key}.init_args.strength", self.strength, "give a number between −1 and 1")]
+        return [Problem(f"{key}.strength", self.strength, "give a number between −1 and 1")]
 
     def setup(
         self,
@@ -324,7 +363,7 @@ class RandomScore(Score):
     Source: ours.
     """
 
-    learns = False
+    needs: Traits = frozenset()
 
     def values(self, cohort: Sequence[str], round_index: int) -> Floats:
         """Return numbers that depend on seed, round and client only, ``[K, L]``."""
@@ -346,12 +385,12 @@ class StaticScore(Score):
     Source: ours.
     """
 
-    learns = False
+    needs: Traits = frozenset()
 
     def __init__(self, values: list[float] | Literal["top-first", "bottom-first", "even"] = "even") -> None:
         self.given = values
 
-    def check(self, key: str = "algorithm.init_args.score") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for values that cannot rank blocks."""
         if isinstance(self.given, str):
             sound = self.given in ("top-first", "bottom-first", "even")
@@ -359,7 +398,7 @@ class StaticScore(Score):
         else:
             sound = all(math.isfinite(x) and x >= 0 for x in self.given) and any(x > 0 for x in self.given)
             remedy = "give a number of 0 or more for each block, one of them above 0"
-        return [] if sound else [Problem(f"{key}.init_args.values", self.given, remedy)]
+        return [] if sound else [Problem(f"{key}.values", self.given, remedy)]
 
     def setup(
         self,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from fedbe.allocation.capabilities import Capabilities
-from fedbe.messages import ClientTask, Update
+from fedbe.messages import FitTask, Update
 
 
 @dataclass
@@ -20,7 +20,7 @@ class RoundTiming:
     seconds: dict[str, float] = field(default_factory=dict)
     late: list[str] = field(default_factory=list)
 
-    def in_time(self, task: ClientTask, update: Update) -> bool:
+    def in_time(self, task: FitTask, update: Update) -> bool:
         """Note how long a client took, and return whether its update counts."""
         if self.capabilities is None:
             self.seconds[task.client_id] = update.metrics.get("seconds", 0.0)

@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 
 from fedbe.algorithms import BlockExpansion
 from fedbe.bench.overhead import difference, timed
+from fedbe.client.plan import LocalPlan
 from fedbe.data import Batch, DataWrapper, FederatedDataModule
-from fedbe.engines import CohortEngine, InProcessEngine
-from fedbe.errors import ConfigError, Problem
+from fedbe.engines import InProcess, OnePass
 from fedbe.federation.loop import FederatedLoop
-from fedbe.messages import ClientTask, Update
+from fedbe.messages import FitTask, Outcome, Update
 from fedbe.modeling.tensors import copy_tensors
 from fedbe.objectives import Plain
 
@@ -85,7 +85,7 @@ class _Cut(Dataset[Any]):
 
 
 def measure_cohort(loop: FederatedLoop, repeats: int) -> Iterator[CohortGain]:
-    """Measure rounds of the run's clients, each training two expanded blocks for five steps.
+    """Measure rounds of the run's clients, each training two expanded blocks for five steps, in this process.
 
     Args:
         loop: Built and not set up; its model, data, optimizer and schedule are taken.
@@ -94,34 +94,45 @@ def measure_cohort(loop: FederatedLoop, repeats: int) -> Iterator[CohortGain]:
     Raises:
         ConfigError: Clients cannot be trained in one pass.
     """
-    given = loop.engine.clients if isinstance(loop.engine, CohortEngine) else loop.engine
-    if not isinstance(given, InProcessEngine):
-        raise ConfigError(Problem("engine", type(given).__name__, "only clients in this process are measured"))
-    model = copy.deepcopy(loop.model)
-    inputs = {name: x[:2].to(model.device) for name, x in next(iter(loop.data.val_dataloader())).items()}
+    model, data = copy.deepcopy(loop.model), loop.plan.data
+    inputs = {name: x[:2].to(model.device) for name, x in next(iter(data.val_dataloader())).items()}
     algorithm = BlockExpansion(BLOCKS)
-    algorithm.prepare(model, inputs)
-    trainer = {**given.trainer, "max_steps": STEPS}
-    engine = replace(given, model=model, algorithm=algorithm, trainer=trainer, objective=Plain())
+    algorithm.adaptation.prepare(model, inputs)
+    plan = replace(
+        loop.plan,
+        model=model,
+        adaptation=algorithm.adaptation,
+        topology=algorithm.topology,
+        objective=Plain(),
+        trainer={**loop.plan.trainer, "max_steps": STEPS},
+        clock=None,
+    )
     for clients, batch_size, length in SETTINGS:
-        yield _gain(replace(engine, data=CutData(loop.data, batch_size, length)), inputs, clients, repeats)
+        cut = CutData(data, batch_size, length)
+        yield _gain(replace(plan, data=cut, cohort=clients), cut, inputs, repeats)
 
 
-def _gain(engine: InProcessEngine, inputs: Batch, clients: int, repeats: int) -> CohortGain:
-    data = cast(CutData, engine.data)
-    names = engine.algorithm.trainable_names
-    state = copy_tensors(engine.model, names)
+def _gain(plan: LocalPlan, data: CutData, inputs: Batch, repeats: int) -> CohortGain:
+    clients, names = plan.cohort or 1, plan.adaptation.trainable_names
+    state, structure = copy_tensors(plan.model, names), plan.adaptation.structure()
     chosen = [data.client_ids[index % len(data.client_ids)] for index in range(clients)]
-    tasks = [ClientTask(client, 0, index, state, names) for index, client in enumerate(chosen)]
-    together = CohortEngine(engine, clients, clients)
-    together.setup(inputs)
+    tasks = [FitTask(client, 0, index, state, names, structure=structure) for index, client in enumerate(chosen)]
+    one_by_one, one_pass = InProcess(), OnePass(clients)
+    for engine in (one_by_one, one_pass):
+        engine.start(plan)
+        engine.prepared(inputs, structure)
     apart, ratios, differences = [], [], []
     for _ in range(repeats + 1):
-        alone_seconds, alone = timed(lambda: list(engine.train(tasks)))
-        seconds, all_at_once = timed(lambda: together.train_clients(tasks))
+        alone_seconds, alone = timed(lambda: list(one_by_one.fit(tasks)))
+        seconds, together = timed(lambda: one_pass.train_clients(tasks))
         apart.append(alone_seconds)
         ratios.append(seconds / alone_seconds)
-        sent = [update for _, update in alone if isinstance(update, Update)]
-        differences += [difference(a.tensors, b.tensors) for a, b in zip(sent, all_at_once, strict=True)]
+        differences += [difference(_sent(a), b.tensors) for (_, a), b in zip(alone, together, strict=True)]
     length = data.length if "input_ids" in inputs else 0
     return CohortGain(clients, data.batch_size, length, tuple(apart[1:]), tuple(ratios[1:]), max(differences))
+
+
+def _sent(outcome: Outcome) -> Mapping[str, Tensor]:
+    if not isinstance(outcome, Update):
+        raise RuntimeError(f"client {outcome.client_id!r} failed: {outcome.reason}")
+    return outcome.tensors

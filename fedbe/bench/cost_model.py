@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from fedbe.allocation.cost import Calibration, Cost, CostModel, seconds
 from fedbe.allocation.profiles import Profile
-from fedbe.expansion import freeze, set_training_modes
 from fedbe.federation.loop import FederatedLoop
 from fedbe.modeling.base_model import forward_options
+from fedbe.modeling.freezing import freeze, set_training_modes
 from fedbe.seeding import generator
 
 MIB = 2**20
@@ -134,18 +134,18 @@ def measure_cost_model(loop: FederatedLoop, repeats: int) -> CostModelReport:
     """Measure forward and backward passes for sets of the algorithm's units, one set after another, again and again.
 
     Args:
-        loop: Ready to run; its model is prepared here.
+        loop: Built and not set up; its model is prepared here.
         repeats: Passes of each set that count, after one that does not.
 
     Raises:
         ExpansionError: The model has no stack of blocks.
     """
     loop.setup()
-    model = loop.model
-    batch = next(iter(loop.data.client_dataloader(loop.data.client_ids[0], generator(loop.seed, "bench"))))
+    model, data, adaptation = loop.model, loop.plan.data, loop.algorithm.adaptation
+    batch = next(iter(data.client_dataloader(data.client_ids[0], generator(loop.plan.seed, "bench"))))
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    costs = CostModel.of(model, inputs, 0.0, loop.algorithm.trainable_names)
-    units = reached(model, loop.algorithm.units(), inputs)
+    costs = CostModel.of(model, inputs, 0.0, adaptation.trainable_names)
+    units = reached(model, adaptation.units(), inputs)
     sets = subsets(tuple(units))
     names = {chosen: tuple(name for unit in chosen for name in units[unit]) for chosen in sets}
     times: dict[tuple[str, ...], list[tuple[float, float]]] = {chosen: [] for chosen in sets}

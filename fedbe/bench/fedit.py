@@ -10,15 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from fedbe.adaptation.adapters import Adapters
 from fedbe.adaptation.lora_layers import target_names
 from fedbe.aggregation import Mean
-from fedbe.algorithms import FedIT
-from fedbe.bench.display import without_display
+from fedbe.bench.display import quiet
 from fedbe.bench.memory import MIB, bytes_in_use, give_back_freed_memory, in_fresh_process
 from fedbe.bench.overhead import (
     UNEVALUATED,
     Overhead,
-    comparable_engine,
+    check_comparable,
     difference,
     first_batches,
     local_steps,
@@ -28,6 +28,7 @@ from fedbe.client.trainer import QUIET, trainer_options
 from fedbe.config.build import build, connect_data
 from fedbe.config.parser import read_run, run_parser
 from fedbe.config.run import RunConfig
+from fedbe.engines import InProcess
 from fedbe.errors import ConfigError, Problem
 from fedbe.federation.cohort import CohortSampler
 from fedbe.federation.loop import FederatedLoop
@@ -54,14 +55,14 @@ class ByHand:
     """
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
-        self.run, self.algorithm, self.options = run, _fedit(run), trainer_options(run.trainer)
+        self.run, self.options = run, trainer_options(run.trainer)
         self.sampler = CohortSampler(run.federation.cohort, run.seed)
-        base = run.model.load()
+        base, adapters = run.model.load(), _adapters(run)
         config = LoraConfig(
-            r=self.algorithm.rank,
-            lora_alpha=self.algorithm.alpha,  # type: ignore[arg-type]  # peft says `int`, and only divides
-            lora_dropout=self.algorithm.dropout,
-            target_modules=target_names(base, self.algorithm.target_modules),
+            r=adapters.rank,
+            lora_alpha=adapters.alpha,  # type: ignore[arg-type]  # peft says `int`, and only divides
+            lora_dropout=adapters.dropout,
+            target_modules=target_names(base, adapters.target_modules),
         )
         self.model = get_peft_model(base, config).to(device).train()
         trainable = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -110,9 +111,12 @@ def compare_time(arguments: Sequence[str], rounds: int) -> Overhead:
         by_hand = ByHand(run, loop.model.device)
         loop.setup()
         loop.on_run_start()
-        by_hand.state = dict(loop.state)
+        by_hand.state = dict(loop.server.state)
         result = paired_rounds(
-            loop, rounds, lambda: by_hand.round(loop.round_index), lambda state: difference(state, loop.state)
+            loop,
+            rounds,
+            lambda: by_hand.round(loop.round.index),
+            lambda state: difference(state, loop.server.state),
         )
     return replace(result, reference="by hand")
 
@@ -217,15 +221,14 @@ def _peak_by_hand(arguments: Sequence[str], gives_back: bool) -> Peak:
 def _build(arguments: Sequence[str], rounds: int, folder: str) -> tuple[RunConfig, FederatedLoop]:
     given = [*arguments, f"--federation.rounds={rounds + 2}", f"--output={folder}/run"]
     run, config = read_run(run_parser("fit"), given)
-    loop = build(run, config)
-    comparable_engine(loop)
-    _fedit(run)
-    loop.callbacks = without_display(loop)
-    return run, loop
+    loop = quiet(build(run, config))
+    check_comparable(loop.plan.trainer)
+    _adapters(run)
+    return run, replace(loop, engine=InProcess())
 
 
-def _fedit(run: RunConfig) -> FedIT:
-    """Return the run's algorithm, if all that the run does is done by hand too."""
+def _adapters(run: RunConfig) -> Adapters:
+    """Return what the run adds to its model, if all that the run does is done by hand too."""
     chosen = {"client.objective": run.client.objective, "federation.server_optimizer": run.federation.server_optimizer}
     plain = {"client.objective": Plain, "federation.server_optimizer": Mean}
     problems = [
@@ -235,9 +238,10 @@ def _fedit(run: RunConfig) -> FedIT:
     ]
     if run.data.num_labels is not None:
         problems.append(Problem("data", type(run.data).__name__, "by hand there are only language models"))
-    if problems or not isinstance(run.algorithm, FedIT):
+    adaptation = run.algorithm.adaptation
+    if problems or not isinstance(adaptation, Adapters):
         raise ConfigError(*problems)
-    return run.algorithm
+    return adaptation
 
 
 def _spread(values: Sequence[float], form: str) -> str:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import ParamSpec, TypeVar
 
-from fedbe.bench.display import without_display
+from fedbe.bench.display import quiet
 from fedbe.config.build import build
 from fedbe.config.parser import read_run, run_parser
 from fedbe.federation.callback import FederatedCallback
-from fedbe.federation.loop import FederatedLoop
+from fedbe.federation.view import RunView
+from fedbe.system.libraries import settle_libraries
 from fedbe.system.machine import peak_rss_bytes, resident_bytes, trim_memory
 
 MIB = 2**20
@@ -57,9 +58,9 @@ class _Gauge(FederatedCallback):
     def __init__(self) -> None:
         self.in_use: dict[int, int] = {}
 
-    def on_round_written(self, loop: FederatedLoop) -> None:
-        if loop.progress.completed in (max(1, loop.rounds // 5), loop.rounds):
-            self.in_use[loop.progress.completed] = bytes_in_use()
+    def on_round_written(self, run: RunView) -> None:
+        if run.completed in (max(1, run.rounds // 5), run.rounds):
+            self.in_use[run.completed] = bytes_in_use()
 
 
 def bytes_in_use() -> int:
@@ -92,7 +93,7 @@ def measure_memory(arguments: Sequence[str], clients: int) -> MemoryUse:
 
 def in_fresh_process(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """Return what a function of a module returns in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=settle_libraries) as pool:
         return pool.submit(function, *arguments, **options).result()
 
 
@@ -104,7 +105,5 @@ def _run(arguments: list[str], clients: int) -> MemoryUse:
             f"--data.init_args.partitioner.clients={clients}",
         ]
         run, config = read_run(run_parser("fit"), [*arguments, *dealt, f"--output={folder}/run"])
-        loop = build(run, config)
-        loop.callbacks = [*without_display(loop), gauge]
-        loop.run()
+        quiet(build(run, config), gauge).run()
     return MemoryUse(clients, run.federation.rounds, peak_rss_bytes(), *gauge.in_use.values())

@@ -4,25 +4,28 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fedbe.bench.display import without_display
+from fedbe.bench.display import quiet
+from fedbe.client.plan import LocalPlan
 from fedbe.data import Batch
-from fedbe.engines import InProcessEngine
+from fedbe.engines import Engine, InProcess
 from fedbe.errors import ConfigError, Problem
-from fedbe.expansion import freeze, set_training_modes
 from fedbe.federation.callback import FederatedCallback
 from fedbe.federation.loop import FederatedLoop
-from fedbe.messages import ClientTask, Update
+from fedbe.federation.view import RunView
+from fedbe.messages import FitTask, Update
 from fedbe.modeling.base_model import forward_options
+from fedbe.modeling.freezing import freeze, set_training_modes
 from fedbe.modeling.tensors import copy_tensors
+from fedbe.seeding import derive_seed, generator, isolated_rng
 
 T = TypeVar("T")
 
@@ -72,40 +75,44 @@ class _Recorder(FederatedCallback):
     """Keeps what a round's clients were given and what they sent."""
 
     def __init__(self) -> None:
-        self.tasks: list[ClientTask] = []
+        self.tasks: list[FitTask] = []
         self.updates: list[Update] = []
 
-    def on_round_start(self, loop: FederatedLoop) -> None:
+    def on_round_start(self, run: RunView) -> None:
         self.tasks, self.updates = [], []
 
-    def on_client_end(self, loop: FederatedLoop, task: ClientTask, update: Update) -> None:
+    def on_client_end(self, run: RunView, task: FitTask, update: Update) -> None:
         self.tasks.append(task)
         self.updates.append(update)
 
 
 def measure_overhead(loop: FederatedLoop, rounds: int) -> Overhead:
-    """Run rounds of `loop` and, after each, its clients' local steps again in a bare PyTorch loop.
+    """Run rounds of a loop and, after each, its clients' local steps again in a bare PyTorch loop.
 
-    The run's callbacks work as always, but for the display.
+    The run's callbacks work as always, but for the display. Clients train one after another in this process, wherever
+    the configuration lets them train.
 
     Args:
-        loop: Ready to run, with more rounds than `rounds` + 1 and no evaluation among them.
+        loop: Built and not set up, with more rounds than `rounds` + 1 and no evaluation among them.
         rounds: Rounds to measure; one more is run first.
 
     Raises:
         ConfigError: The clients' trainer does what the bare loop does not.
     """
     recorder = _Recorder()
-    loop.callbacks = [*without_display(loop), recorder]
-    engine = comparable_engine(loop)
+    check_comparable(loop.plan.trainer)
+    loop = replace(quiet(loop, recorder), engine=InProcess())
     loop.setup()
     loop.on_run_start()
 
+    def again() -> list[dict[str, Tensor]]:
+        return [bare_client(loop.plan, task, kept_before(loop.engine, loop.plan, task)) for task in recorder.tasks]
+
     def compare(sent: Sequence[Mapping[str, Tensor]]) -> float:
-        loop.restore(loop.state)  # the bare loop trains the run's own model
+        loop.server.restore(loop.server.state)  # the bare loop trains the run's own model
         return max(difference(a, b.tensors) for a, b in zip(sent, recorder.updates, strict=True))
 
-    return paired_rounds(loop, rounds, lambda: [bare_client(engine, task) for task in recorder.tasks], compare)
+    return paired_rounds(loop, rounds, again, compare)
 
 
 def paired_rounds(loop: FederatedLoop, rounds: int, again: Callable[[], T], compare: Callable[[T], float]) -> Overhead:
@@ -125,47 +132,59 @@ def paired_rounds(loop: FederatedLoop, rounds: int, again: Callable[[], T], comp
         if index:
             federated.append(federated_seconds)
             bare.append(bare_seconds)
-            runs += len(loop.record["cohort"])
+            runs += len(loop.record.cohort)
     return Overhead(tuple(federated), tuple(bare), runs, max(differences))
 
 
-def comparable_engine(loop: FederatedLoop) -> InProcessEngine:
-    """Return the loop's engine, if the bare loop can take the same steps.
+def check_comparable(trainer: Mapping[str, Any]) -> None:
+    """Refuse arguments of a client's `L.Trainer` with which the bare loop could not take the same steps.
 
     Raises:
-        ConfigError: It cannot, because of the engine or of an argument of the trainer.
+        ConfigError: There are such.
     """
-    if not isinstance(loop.engine, InProcessEngine):
-        raise ConfigError(Problem("engine", type(loop.engine).__name__, "only the in-process engine is measured"))
     known = {"accelerator", "devices", "max_steps", "gradient_clip_val", "precision"}
     neutral = {"fast_dev_run": False, "enable_autolog_hparams": True, "strategy": "auto", "num_nodes": 1}
     neutral |= {"accumulate_grad_batches": 1, "precision": "32-true", "max_epochs": -1}
     defaults = {name: item.default for name, item in inspect.signature(L.Trainer).parameters.items()} | neutral
     odd = {
         name: value
-        for name, value in loop.engine.trainer.items()
+        for name, value in trainer.items()
         if value != defaults.get(name, value) and (name not in known or name == "precision")
     }
-    if loop.engine.trainer.get("max_steps", -1) < 1:
-        odd["max_steps"] = loop.engine.trainer.get("max_steps")
+    if trainer.get("max_steps", -1) < 1:
+        odd["max_steps"] = trainer.get("max_steps")
     problems = [Problem(f"trainer.{name}", value, "the bare loop does not do this") for name, value in odd.items()]
     if problems:
         raise ConfigError(*problems)
-    return loop.engine
 
 
-def bare_client(engine: InProcessEngine, task: ClientTask) -> dict[str, Tensor]:
-    """Take a client's local steps with nothing but PyTorch and return the tensors it trained."""
-    model, steps, clip = engine.model, engine.trainer["max_steps"], engine.trainer.get("gradient_clip_val")
-    engine.algorithm.begin(model, task)
+def kept_before(engine: Engine, plan: LocalPlan, task: FitTask) -> dict[str, Tensor]:
+    """Return the tensors that a client had kept to itself when a task began, which is done by now."""
+    if task.resumes is None:
+        return {}
+    return engine.peek(replace(task, round_index=task.resumes), plan.adaptation.trainable_names)
+
+
+def bare_client(plan: LocalPlan, task: FitTask, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take a client's local steps with nothing but PyTorch and return the tensors it trained.
+
+    Args:
+        plan: What it needs to train.
+        task: What it was given.
+        kept: What it had kept to itself by then.
+    """
+    model, clip = plan.model, plan.trainer.get("gradient_clip_val")
+    steps = plan.trainer["max_steps"] if task.max_steps is None else task.max_steps
+    plan.topology.begin(model, plan.adaptation, task, kept)
     freeze(model, task.trainable_names)
     set_training_modes(model, task.trainable_names)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = engine.optimizer(parameters)
-    schedule = engine.schedule.build(optimizer, task.round_index, engine.rounds, steps)
-    with engine.own_randomness(task):
-        added = engine.algorithm.added_loss(model, task)
-        local_steps(model, optimizer, schedule, first_batches(engine.batches(task), steps), clip, added)
+    optimizer = plan.optimizer(parameters)
+    schedule = plan.schedule.build(optimizer, task.round_index, plan.rounds, steps)
+    batches = plan.data.client_dataloader(task.client_id, generator(plan.seed, "batches", *task.purpose))
+    with isolated_rng(derive_seed(plan.seed, "modules", *task.purpose)):
+        added = plan.adaptation.added_loss(model, task)
+        local_steps(model, optimizer, schedule, first_batches(batches, steps), clip, added)
     return copy_tensors(model, task.trainable_names)
 
 

@@ -53,16 +53,17 @@ def measure_prefix(loop: FederatedLoop, repeats: int) -> list[PrefixGain]:
     Raises:
         ExpansionError: The model has no stack of blocks.
     """
-    batch = next(iter(loop.data.client_dataloader(loop.data.client_ids[0], generator(loop.seed, "bench"))))
+    data = loop.plan.data
+    batch = next(iter(data.client_dataloader(data.client_ids[0], generator(loop.plan.seed, "bench"))))
     inputs = {name: tensor.to(loop.model.device) for name, tensor in batch.items()}
     return [_gain(loop, position, inputs, repeats) for position in range(find_blocks(loop.model).depth)]
 
 
 def _gain(loop: FederatedLoop, position: int, inputs: dict[str, Tensor], repeats: int) -> PrefixGain:
     model = copy.deepcopy(loop.model)
-    algorithm = BlockExpansion([position])
-    algorithm.prepare(model, inputs)
-    names = algorithm.trainable_names
+    adaptation = BlockExpansion([position]).adaptation
+    adaptation.prepare(model, inputs)
+    names = adaptation.trainable_names
     costs = CostModel.of(model, inputs, 0.0, names)
     plain, ratios, firsts = [], [], []
     for _ in range(repeats + 1):

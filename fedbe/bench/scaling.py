@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from fedbe.assets import micro_path
-from fedbe.bench.display import without_display
+from fedbe.bench.display import quiet
 from fedbe.bench.memory import MIB, bytes_in_use, give_back_freed_memory, in_fresh_process
 from fedbe.config.build import build
 from fedbe.config.parser import read_run, run_parser
 from fedbe.federation.callback import FederatedCallback
-from fedbe.federation.loop import FederatedLoop
+from fedbe.federation.view import RunView
 from fedbe.seeding import generator, isolated_rng
 
 ROWS_PER_CLIENT = 4
@@ -137,10 +137,8 @@ def measure_cost(size: Size) -> Cost:
         write_texts(folder / "held_out.jsonl", 8)
         started = time.perf_counter()
         run, config = read_run(run_parser("fit"), [*arguments(folder, size)])
-        loop = build(run, config)
         clock = _Clock(started)
-        loop.callbacks = [*without_display(loop), clock]
-        loop.run()
+        quiet(build(run, config), clock).run()
     seconds = clock.seconds
     return Cost(size, clock.startup, statistics.median(seconds), sum(seconds), clock.in_use)
 
@@ -193,14 +191,14 @@ class _Clock(FederatedCallback):
         self.seconds: list[float] = []
         self.in_use = 0
 
-    def on_round_start(self, loop: FederatedLoop) -> None:
+    def on_round_start(self, run: RunView) -> None:
         self.startup = self.startup or time.perf_counter() - self.started
-        self.begun, self.evaluated = time.perf_counter(), loop.evaluation_seconds
+        self.begun, self.evaluated = time.perf_counter(), run.evaluation_seconds
 
-    def on_round_written(self, loop: FederatedLoop) -> None:
-        if loop.progress.completed:
-            scoring = loop.evaluation_seconds - self.evaluated
+    def on_round_written(self, run: RunView) -> None:
+        if run.completed:
+            scoring = run.evaluation_seconds - self.evaluated
             self.seconds.append(time.perf_counter() - self.begun - scoring)
 
-    def on_last_round(self, loop: FederatedLoop) -> None:
+    def on_last_round(self, run: RunView) -> None:
         self.in_use = bytes_in_use()

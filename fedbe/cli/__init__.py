@@ -1,4 +1,4 @@
-"""The command line: ``fedbe fit | compare | partition | dial | export | pretrain | bench``."""
+"""The command line: a module for each command, imported when it is called."""
 
 from fedbe.cli.main import main
 

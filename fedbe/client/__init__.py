@@ -1,6 +1,18 @@
-"""One client's training: its module, schedule and trainer."""
+"""The client's side: local training with its module, schedule and trainer."""
 
-from fedbe.client.module import ClientModule, OptimizerFactory
+from fedbe.client.memory import ClientMemory, Kept
+from fedbe.client.module import ClientModule
+from fedbe.client.plan import LocalPlan, OptimizerFactory, prepare_model
 from fedbe.client.schedule import Schedule
+from fedbe.client.training import LocalTraining
 
-__all__ = ["ClientModule", "OptimizerFactory", "Schedule"]
+__all__ = [
+    "ClientMemory",
+    "ClientModule",
+    "Kept",
+    "LocalPlan",
+    "LocalTraining",
+    "OptimizerFactory",
+    "Schedule",
+    "prepare_model",
+]

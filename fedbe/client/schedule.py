@@ -7,7 +7,7 @@ from typing import Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Schedule:
     warmup_steps: int = 0
     span: Literal["round", "run"] = "round"
 
-    def check(self, key: str = "client.schedule") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in this schedule."""
         if self.warmup_steps < 0:
             return [Problem(f"{key}.warmup_steps", self.warmup_steps, "give 0 or more steps")]

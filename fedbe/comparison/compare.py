@@ -13,9 +13,12 @@ from fedbe.comparison.report import page
 from fedbe.comparison.results import RunResult, read_run_result, read_runs, write_csv
 from fedbe.comparison.summary import Comparison
 from fedbe.errors import ConfigError, FedBEError
+from fedbe.figures.style import save
+from fedbe.storage.files import explained, replacing
 from fedbe.storage.run_folder import RunFolder
 
 _RECORD = "comparison.yaml"
+_AGAIN = "the runs are intact: make room, then compare again"
 
 
 def compare(
@@ -78,15 +81,22 @@ def compare_runs(
 
 
 def write(comparison: Comparison, output: Path) -> None:
-    """Write `comparison.csv`, `comparison.md` and `plots/`."""
+    """Write `comparison.csv`, `comparison.md` and `plots/`.
+
+    Raises:
+        StorageError: One of them cannot be written; the runs are intact.
+    """
     plots = output / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    write_csv(comparison.results, comparison.target, output / "comparison.csv")
-    text = page(comparison)
-    for name, figure in figures(comparison):
-        figure.savefig(plots / name)
-        text += f"\n![{name.removesuffix('.png').replace('_', ' ')}](plots/{name})\n"
-    (output / "comparison.md").write_text(text, encoding="utf-8")
+    with explained(f"the comparison in {output}", _AGAIN):
+        plots.mkdir(parents=True, exist_ok=True)
+        with replacing(output / "comparison.csv") as partial:
+            write_csv(comparison.results, comparison.target, partial)
+        text = page(comparison)
+        for name, figure in figures(comparison):
+            save(figure, plots / name, _AGAIN)
+            text += f"\n![{name.removesuffix('.png').replace('_', ' ')}](plots/{name})\n"
+        with replacing(output / "comparison.md") as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def tuning_jobs(config: ComparisonConfig) -> list[Job]:

@@ -15,13 +15,15 @@ from jsonargparse import ArgumentParser
 from fedbe.config.mistakes import collect, merge, nest
 from fedbe.config.parser import read_run, run_parser
 from fedbe.config.run import RunConfig
+from fedbe.dial import NEEDS as DIAL_NEEDS
 from fedbe.errors import ConfigError, Problem
 
 LEARNING_RATE = ("client", "optimizer", "init_args", "lr")
 """Where the learning rate stands in a run's configuration."""
 
 BUDGET = (
-    "model", "data", "federation", "trainer", "general_tasks", "callbacks", "clock", "seed", "name", "output", "logger",
+    "model", "data", "federation", "trainer", "engine", "general_tasks", "callbacks", "clock", "seed", "name", "output",
+    "logger",
 )  # fmt: skip
 """Sections that are the same for every arm: base model, data, cohorts, local steps, rounds, and what is measured."""
 
@@ -80,7 +82,7 @@ class ComparisonConfig:
 
     def has_dial(self, arm: str) -> bool:
         """Whether what an arm trains can be scaled down after training."""
-        return self._run(arm).algorithm.has_dial
+        return self._run(arm).algorithm.offers >= DIAL_NEEDS
 
     def check(self) -> list[Problem]:
         """Return every mistake, those in each arm's run configuration included."""

@@ -12,7 +12,7 @@ from fedbe.comparison.report import ranked
 from fedbe.comparison.statistics import Estimate, pareto_front
 from fedbe.comparison.summary import Arm, Comparison, Place
 from fedbe.evaluation.convergence import Point
-from fedbe.figures.style import COLORS, GREY, STYLE
+from fedbe.figures.style import COLORS, GREY, STYLE, plain
 
 # More arms than colours differ in marker and dash.
 _ARM_COLORS = (*COLORS, "#000000")
@@ -77,8 +77,8 @@ def _draw_way(panel: Axes, arm: Arm, style: Mapping[str, Any]) -> None:
     x, y = (Estimate.of([run.trajectory[-1][axis] for run in arm.runs]) for axis in (0, 1))
     panel.errorbar(
         x.mean, y.mean, xerr=x.error or 0, yerr=y.error or 0, color=color, marker=style["marker"], markersize=7,
-        markeredgecolor="white", markeredgewidth=0.8, elinewidth=1.2, linestyle=style["linestyle"], label=arm.name,
-        zorder=3,
+        markeredgecolor="white", markeredgewidth=0.8, elinewidth=1.2, linestyle=style["linestyle"],
+        label=plain(arm.name), zorder=3,
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def downstream_figure(comparison: Comparison) -> Figure:
 def _draw_curve(panel: Axes, arm: Arm, position: Callable[[Place], float], style: Mapping[str, Any]) -> None:
     xs, ys = [position(place) for place in arm.places], [place.accuracy.mean for place in arm.places]
     errors = [place.accuracy.error or 0.0 for place in arm.places]
-    panel.plot(xs, ys, linewidth=1.6, markersize=4, markevery=max(1, len(xs) // 8), label=arm.name, **style)
+    panel.plot(xs, ys, linewidth=1.6, markersize=4, markevery=max(1, len(xs) // 8), label=plain(arm.name), **style)
     low, high = ([y + sign * e for y, e in zip(ys, errors, strict=True)] for sign in (-1, 1))
     panel.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
@@ -148,9 +148,9 @@ def convergence_figure(comparison: Comparison) -> Figure:
         panels = figure.subplots(1, 3, sharey=True)
         for panel, (unit, cost) in zip(panels, _COSTS.items(), strict=True):
             _draw_bars(panel, comparison, cost, baseline)
-            panel.set_xlabel(f"{baseline}'s {unit} ÷ the arm's")
+            panel.set_xlabel(f"{plain(baseline)}'s {unit} ÷ the arm's")
             panel.set_title(f"in {unit}")
-        panels[0].set_yticks(range(len(comparison.arms)), [arm.name for arm in comparison.arms])
+        panels[0].set_yticks(range(len(comparison.arms)), [plain(arm.name) for arm in comparison.arms])
         panels[0].invert_yaxis()
         figure.suptitle(
             f"How many times as fast to a downstream accuracy of {comparison.target:.3f}",

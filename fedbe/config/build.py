@@ -5,30 +5,25 @@ from __future__ import annotations
 import importlib
 import netrc
 import os
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from fedbe.algorithms import PooledData
+from fedbe.client.plan import LocalPlan
 from fedbe.client.trainer import QUIET, trainer_options
 from fedbe.config.run import RunConfig
-from fedbe.data import FederatedDataModule
-from fedbe.engines import CohortEngine, Engine, ForkedEngine, InProcessEngine
+from fedbe.data import PooledData
 from fedbe.errors import ConfigError, Problem
 from fedbe.federation.callback import FederatedCallback
 from fedbe.federation.cohort import CohortSampler, cohort_count
+from fedbe.federation.interrupts import stopping_on_interrupt
 from fedbe.federation.loop import FederatedLoop
-from fedbe.federation.simulation import capabilities_of
 from fedbe.seeding import derive_seed, isolated_rng
 from fedbe.storage.checkpoint import Checkpoint, check_same_run
+from fedbe.storage.csv_log import CSVLog
 from fedbe.storage.run_folder import RunFolder
 
 STANDARD_CALLBACKS = (
@@ -36,7 +31,7 @@ STANDARD_CALLBACKS = (
     "ConvergenceCallback",
     "CommunicationCallback",
     "PlotCallback",
-    "LoggingCallback",  # before the checkpoint: a round that is continued may be logged again, none is left out
+    "LoggingCallback",
     "CheckpointCallback",
     "ProgressCallback",
 )
@@ -53,6 +48,7 @@ def fit(run: RunConfig, config: Mapping[str, Any]) -> RunFolder:
     Raises:
         ConfigError: The configuration cannot run; nothing was written then.
         QuorumError: Too many clients of a round failed.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM (`Terminated`), ended the run; it can be continued.
     """
     checkpoint = run.checkpoint()
     if checkpoint is not None:
@@ -61,30 +57,6 @@ def fit(run: RunConfig, config: Mapping[str, Any]) -> RunFolder:
     with stopping_on_interrupt(loop):
         loop.run(checkpoint)
     return loop.folder
-
-
-@contextmanager
-def stopping_on_interrupt(loop: FederatedLoop) -> Iterator[None]:
-    """At the first Ctrl-C let the loop end where it can be continued, at the second end it at once.
-
-    Where signals cannot be handled, outside of the main thread, or are ignored, as under ``nohup``, it stays like that.
-    """
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        loop.interrupted = True
-        signal.signal(signal.SIGINT, before)
-        what = "client" if loop.kept_outcomes is not None else "round"
-        print(f"fedbe: ends after this {what}; Ctrl-C again to end at once", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
-        yield
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def build(run: RunConfig, config: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> FederatedLoop:
@@ -98,59 +70,30 @@ def build(run: RunConfig, config: Mapping[str, Any], checkpoint: Checkpoint | No
     Raises:
         ConfigError: The configuration cannot run; it carries every mistake found.
     """
-    options = trainer_options(run.trainer)
     problems = run.check()
     if problems:
         raise ConfigError(*problems)
     connect_data(run)
-    data, options = pool(run, options)
-    processor = run.model.processor
-    with isolated_rng(derive_seed(run.seed, "new head")):
-        model = run.model.load(run.data.num_labels, getattr(processor, "pad_token_id", None))
-    torch.nn.Module.to(model, L.Trainer(**QUIET, **options).strategy.root_device)
+    plan = local_plan(run)
     folder = RunFolder(run.folder, begin_again=run.ckpt_path is not None)
-    engine = InProcessEngine(
-        model,
-        run.algorithm,
-        data,
-        run.client.optimizer,
-        run.client.schedule,
-        run.federation.rounds,
-        options,
-        run.seed,
-        run.client.objective,
-        run.federation.client_timeout_seconds,
-    )
+    rounds = run.federation
     return FederatedLoop(
-        model=model,
-        tokenizer=processor,
+        plan=plan,
         algorithm=run.algorithm,
-        data=data,
-        engine=side_by_side(engine, run),
-        sampler=CohortSampler("all" if run.algorithm.pooled else run.federation.cohort, run.seed),
+        engine=run.engine,
+        sampler=CohortSampler("all" if run.algorithm.topology.pooled else rounds.cohort, run.seed),
         folder=folder,
-        rounds=run.federation.rounds,
-        quorum=run.federation.quorum,
-        averaging=run.federation.averaging,
-        server_optimizer=run.federation.server_optimizer,
-        objective=run.client.objective,
-        evaluate_every_n_rounds=run.federation.evaluate_every_n_rounds,
+        rounds=rounds.rounds,
+        quorum=rounds.quorum,
+        averaging=rounds.averaging,
+        server_optimizer=rounds.server_optimizer,
+        evaluate_every_n_rounds=rounds.evaluate_every_n_rounds,
         general_tasks=run.general_tasks,
         callbacks=with_standard_callbacks(run.callbacks),
-        logger=build_logger(run, folder, checkpoint.state["logger"] if checkpoint else None),
-        seed=run.seed,
+        logger=build_logger(run, folder, checkpoint),
         config=config,
         prefix=run.prefix,
-        measure=capabilities_of(run.clock, run.client.optimizer, options) if run.clock else None,
     )
-
-
-def side_by_side(engine: InProcessEngine, run: RunConfig) -> Engine:
-    """Return the engine that trains as many clients at a time as the configuration says, in the way that it says."""
-    number, most = run.federation.clients_in_one_pass, cohort_count(run.federation.cohort, len(run.data.client_ids))
-    if run.federation.workers > 1:
-        return ForkedEngine(engine, run.federation.workers)
-    return engine if number == 1 or most == 1 else CohortEngine(engine, number, most)
 
 
 def connect_data(run: RunConfig) -> None:
@@ -168,33 +111,63 @@ def connect_data(run: RunConfig) -> None:
         raise ConfigError(*problems)
 
 
-def pool(run: RunConfig, options: dict[str, Any]) -> tuple[FederatedDataModule, dict[str, Any]]:
-    """Return the data and the clients' trainer options; of a pooled run one client and the whole cohort's steps."""
-    if not run.algorithm.pooled:
-        return run.data, options
-    cohort = cohort_count(run.federation.cohort, len(run.data.client_ids))
-    steps = options.get("max_steps", -1)
-    return PooledData(run.data), options | ({"max_steps": steps * cohort} if steps > 0 else {})
+def local_plan(run: RunConfig) -> LocalPlan:
+    """Load the model, and return what clients need to train it on the connected data.
+
+    Of a pooled run there is one client, which takes a whole cohort's steps.
+
+    Raises:
+        ConfigError: The model cannot be loaded.
+    """
+    options, data = trainer_options(run.trainer), run.data
+    cohort, pooled = cohort_count(run.federation.cohort, len(data.client_ids)), run.algorithm.topology.pooled
+    if pooled:
+        steps = options.get("max_steps", -1)
+        data, options = PooledData(data), options | ({"max_steps": steps * cohort} if steps > 0 else {})
+    processor = run.model.processor
+    with isolated_rng(derive_seed(run.seed, "new head")):
+        model = run.model.load(run.data.num_labels, getattr(processor, "pad_token_id", None))
+    torch.nn.Module.to(model, L.Trainer(**QUIET, **options).strategy.root_device)
+    return LocalPlan(
+        model=model,
+        tokenizer=processor,
+        adaptation=run.algorithm.adaptation,
+        topology=run.algorithm.topology,
+        data=data,
+        optimizer=run.client.optimizer,
+        schedule=run.client.schedule,
+        rounds=run.federation.rounds,
+        objective=run.client.objective,
+        trainer=options,
+        seed=run.seed,
+        timeout_seconds=run.federation.client_timeout_seconds,
+        clock=run.clock,
+        cohort=1 if pooled else cohort,
+    )
 
 
 def with_standard_callbacks(given: Sequence[FederatedCallback]) -> list[FederatedCallback]:
-    """Return the standard callbacks and those given, which replace standard ones of the same class."""
+    """Return the standard callbacks and those given, which replace standard ones of the same class.
+
+    The order is that of the hooks among callbacks of one phase; see `fedbe.federation.callback.Phase`.
+    """
     module = importlib.import_module("fedbe.callbacks")
     standard = [getattr(module, name) for name in STANDARD_CALLBACKS]
     own = [callback for callback in given if not isinstance(callback, tuple(standard))]
-    chosen = [next((c for c in given if isinstance(c, kind)), None) or kind() for kind in standard]
-    # Measuring comes first, then what decides by the measurements, then what shows them.
-    return [*chosen[:3], *own, *chosen[3:]]
+    chosen = [[callback for callback in given if isinstance(callback, kind)] or [kind()] for kind in standard]
+    return [*(callback for of_a_kind in chosen for callback in of_a_kind), *own]
 
 
-def build_logger(run: RunConfig, folder: RunFolder, version: str | int | None = None) -> Logger | None:
+def build_logger(run: RunConfig, folder: RunFolder, checkpoint: Checkpoint | None = None) -> Logger | None:
     """Return the logger that the configuration names; W&B stays offline unless a key is present.
 
     Args:
         run: The configuration.
         folder: Where loggers write.
-        version: Which of a logger's runs is continued; ``None`` for a new one.
+        checkpoint: What the run is continued from; ``None`` for a new one.
     """
+    version = checkpoint.state["logger"] if checkpoint else None
+    hidden = checkpoint.state["progress"]["completed"] + 1 if checkpoint else 0  # from there rounds are logged again
     if run.logger == "wandb":
         import wandb  # here, so that runs without it do not wait for its import
 
@@ -203,9 +176,9 @@ def build_logger(run: RunConfig, folder: RunFolder, version: str | int | None = 
         offline = not wandb_online()
         return WandbLogger(run.name, str(folder.path), offline=offline, project="fedbe", settings=quiet, **same)
     if run.logger == "csv":
-        return CSVLogger(str(folder.path), name="csv", version="")
+        return CSVLog(folder.path / "csv")
     if run.logger == "tensorboard":
-        return TensorBoardLogger(str(folder.path), name="tensorboard", version="")
+        return TensorBoardLogger(str(folder.path), name="tensorboard", version="", purge_step=hidden)
     return run.logger if isinstance(run.logger, Logger) else None
 
 

@@ -21,6 +21,12 @@ _MISSING = re.compile(r"following arguments are required: (.+)")
 
 Raw = dict[str, Any]
 
+MOVED = {
+    "federation.workers": "engine: {{class_path: fedbe.engines.Forked, init_args: {{workers: {value}}}}}",
+    "federation.clients_in_one_pass": "engine: {{class_path: fedbe.engines.OnePass, init_args: {{clients: {value}}}}}",
+}
+"""Keys of earlier versions → what to write in their place."""
+
 
 def read_raw(arguments: Sequence[str]) -> Raw:
     """Return what ``--config FILE`` and ``--key value`` say, merged in order, unchecked.
@@ -156,6 +162,10 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def _unknown_remedy(parser: ArgumentParser, raw: Raw, path: Sequence[str | int]) -> str:
+    if dotted(path) in MOVED:
+        value = look_up(raw, path)
+        now = MOVED[dotted(path)].format(value=value)
+        return "there is no such key any more: leave it out" + ("" if value == 1 else f", and write `{now}`")
     known = known_keys(parser, raw, path)
     close = difflib.get_close_matches(str(path[-1]), known, n=1)
     if close:

@@ -16,7 +16,6 @@ from fedbe.config.mistakes import collect, read_raw
 from fedbe.config.rules import check_sections
 from fedbe.config.run import RunConfig
 from fedbe.errors import ConfigError, Problem
-from fedbe.system.libraries import quiet_libraries, remember_installed_callbacks
 
 LISTS = ("general_tasks", "callbacks")
 MAPPINGS = ("model", "client", "federation", "trainer")
@@ -44,6 +43,7 @@ def run_parser(command: str, description: str | None = None, skip: frozenset[str
         "client.objective": "fedbe.objectives.Plain",
         "federation.averaging": "fedbe.aggregation.SampleWeighted",
         "federation.server_optimizer": "fedbe.aggregation.Mean",
+        "engine": "fedbe.engines.InProcess",
     }
     chosen = {key: {"class_path": path} for key, path in defaults.items() if key.split(".")[0] not in skip}
     if chosen:
@@ -64,8 +64,6 @@ def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfi
     loose = [word for word in arguments if not word.startswith("-") and Path(word).suffix in (".yaml", ".yml")]
     if loose and "--config" not in arguments[: list(arguments).index(loose[0])][-1:]:
         raise ConfigError(Problem("command line", loose[0], f"name a configuration with --config {loose[0]}"))
-    quiet_libraries()
-    remember_installed_callbacks()
     if no_mappings(read_raw(arguments)):
         raise ConfigError(*all_problems(parser, arguments, None))
     try:

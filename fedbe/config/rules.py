@@ -2,24 +2,91 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from itertools import permutations
+from typing import Any, Protocol
 
-from fedbe.aggregation import Averaging, Mean
 from fedbe.algorithms import Algorithm
 from fedbe.allocation import SimulatedClock
 from fedbe.client.trainer import check_trainer, trainer_options
-from fedbe.config.sections import Client, Federation
+from fedbe.config.sections import Client, Rounds
 from fedbe.data import FederatedDataModule
-from fedbe.engines.one_pass.engine import check_one_pass
-from fedbe.errors import ConfigError, Problem
+from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.evaluation.tasks import check_tasks
 from fedbe.federation.record import metric_paths
 from fedbe.modeling.base_model import BaseModel
-from fedbe.objectives import Objective
 from fedbe.storage.run_folder import RunFolder
+from fedbe.traits import Trait, Traits
+
+SENTENCES: Mapping[Trait, str] = {
+    Trait.GLOBAL_MODEL: "it needs one global model, and with {other} clients have models of their own",
+    Trait.AGGREGATION: "with {other} nothing that clients train becomes part of a global model",
+    Trait.LASTING_TENSORS: "{other} starts its tensors afresh in every round, which leaves nothing to carry over",
+    Trait.PLAIN_MEAN: "it has a rule of its own for what clients send, which {other} would replace",
+    Trait.SERVER_SEES_UPDATES: "it looks at each client's update, which {other} hides from the server",
+    Trait.SERVER_SEES_REPORTS: "the server acts on what clients send besides tensors, which {other} does not cover",
+    Trait.EQUAL_SHAPES: "it averages tensors of equal shapes, and with {other} clients send different ones",
+    Trait.FIXED_STRUCTURE: "it goes back to an earlier round, which a model that grows cannot, and {other} may grow it",
+    Trait.UNCHANGED_BASE: "it stands beside base weights that nothing changes, and {other} changes them",
+    Trait.COPIED_IN_AND_OUT: "a client of {other} needs the model to itself",
+    Trait.SEVERAL_CLIENTS: "with {other} there is one client, and none to train beside it",
+    Trait.SHARED_MEMORY: "it looks at what clients keep, and with {other} they keep it elsewhere",
+    Trait.SINGLE_CLIENT_STEPS: "it acts on one client's model, and {other} trains several clients in one pass",
+}
+"""Trait → why what needs it does not go with what does not offer it."""
+
+INSTEAD: Mapping[str, str] = {
+    "client.objective": "fedbe.objectives.Plain",
+    "federation.averaging": "fedbe.aggregation.SampleWeighted",
+    "federation.server_optimizer": "fedbe.aggregation.Mean",
+    "engine": "fedbe.engines.InProcess",
+}
+"""Key → the class that goes with everything."""
+
+FURTHER: Mapping[Trait, str] = {
+    Trait.SERVER_SEES_REPORTS: "a placement and a score that read no reports, such as fedbe.expansion.FixedPlacement "
+    "and fedbe.allocation.RandomScore",
+    Trait.FIXED_STRUCTURE: "leave the plateau out",
+}
+"""Trait → what else an algorithm could be given."""
 
 
-def check_data(data: FederatedDataModule, model: BaseModel | None, seed: int) -> list[Problem]:
+class HasTraits(Protocol):
+    """What `conflicts` asks of a part of a run; see `fedbe.traits.Part`."""
+
+    @property
+    def needs(self) -> Traits:
+        """What must hold in a run."""
+        ...
+
+    @property
+    def offers(self) -> Traits:
+        """What still holds in a run."""
+        ...
+
+
+def conflicts(parts: Mapping[str, HasTraits]) -> list[Problem]:
+    """Return a problem for each two parts of a run of which one needs what the other does not offer.
+
+    Args:
+        parts: Key in the configuration → the part.
+    """
+    found = []
+    for (key, part), (other_key, other) in permutations(parts.items(), 2):
+        missing = next((trait for trait in Trait if trait in part.needs - other.offers), None)
+        if missing is not None:
+            reason = SENTENCES[missing].format(other=type(other).__name__)
+            found.append(Problem(key, type(part).__name__, f"{reason}: {_remedy(missing, key, other_key)}"))
+    return found
+
+
+def _remedy(missing: Trait, key: str, other_key: str) -> str:
+    remedies = [f"give {INSTEAD[key]}"] if key in INSTEAD else []
+    remedies += [f"give {other_key}: {INSTEAD[other_key]}"] if other_key in INSTEAD else []
+    further = [FURTHER[missing]] if missing in FURTHER and "algorithm" in (key, other_key) else []
+    return ", or ".join([*(remedies or ["leave it out"]), *further])
+
+
+def check_data(data: FederatedDataModule, model: BaseModel | None, seed: int, facts: Facts) -> list[Problem]:
     """Give the data module its tokenizer, if the model can be read, and return its mistakes."""
     problems = []
     if model is not None:
@@ -28,7 +95,7 @@ def check_data(data: FederatedDataModule, model: BaseModel | None, seed: int) ->
         except ConfigError as error:
             problems = list(error.problems)
     known = {problem.key for problem in problems}
-    problems += [problem for problem in data.check("data") if problem.key not in known]
+    problems += [problem for problem in data.check(data.key, facts) if problem.key not in known]
     if model is None or problems:
         return problems
     classes, wants = data.num_labels, model.task.endswith("classification")
@@ -38,68 +105,38 @@ def check_data(data: FederatedDataModule, model: BaseModel | None, seed: int) ->
     return []
 
 
-def check_combination(algorithm: Algorithm, client: Client, federation: Federation) -> list[Problem]:
-    """Return why this algorithm makes no sense with this local objective or this server optimizer."""
-    objective, server, name = client.objective, federation.server_optimizer, type(algorithm).__name__
-    alone = "nothing is aggregated" if not algorithm.aggregates else "clients keep tensors of their own"
-    restarts = f"{name} starts its tensors anew in every round, which leaves nothing to carry over"
-    problems = []
-    if objective.needs_global_model and (algorithm.personalised or not algorithm.aggregates):
-        remedy = f"it needs one global model, and with {name} {alone}: give fedbe.objectives.Plain"
-        problems.append(Problem("client.objective", type(objective).__name__, remedy))
-    elif objective.needs_lasting_tensors and algorithm.restarts:
-        remedy = f"{restarts}: give fedbe.objectives.Plain or FedProx"
-        problems.append(Problem("client.objective", type(objective).__name__, remedy))
-    if not isinstance(server, Mean) and (algorithm.restarts or not algorithm.aggregates):
-        remedy = f"{restarts if algorithm.restarts else f'with {name} {alone}'}: give fedbe.aggregation.Mean"
-        problems.append(Problem("federation.server_optimizer", type(server).__name__, remedy))
-    return problems + check_averaging(algorithm, objective, federation.averaging)
-
-
-def check_averaging(algorithm: Algorithm, objective: Objective, averaging: Averaging) -> list[Problem]:
-    """Return why updates of this algorithm cannot be averaged by this rule."""
-    key, value, name = "federation.averaging", type(averaging).__name__, type(algorithm).__name__
-    problems = []
-    if not averaging.exact and (algorithm.own_average or not algorithm.aggregates):
-        does = "has a rule of its own for what clients send" if algorithm.aggregates else "aggregates nothing"
-        problems.append(Problem(key, value, f"{name} {does}: give fedbe.aggregation.SampleWeighted"))
-    if not averaging.covers_reports and algorithm.reports:
-        problems.append(Problem(key, value, f"does not cover what clients report to {name}: {algorithm.reports}"))
-    if not averaging.covers_reports and objective.needs_lasting_tensors:
-        remedy = f"does not cover what clients send for {type(objective).__name__}: give fedbe.objectives.Plain"
-        problems.append(Problem(key, value, remedy))
-    return problems
-
-
-def check_pooling(algorithm: Algorithm, federation: Federation, options: Mapping[str, Any]) -> list[Problem]:
+def check_pooling(algorithm: Algorithm, rounds: Rounds, options: Mapping[str, Any]) -> list[Problem]:
     """Return a problem when a pooled run would not take as many steps as a cohort."""
     counted = options.get("max_steps", -1) > 0
-    whole_epochs = federation.cohort == "all" and not {"max_time", "limit_train_batches"} & options.keys()
-    if not algorithm.pooled or counted or whole_epochs:
+    whole_epochs = rounds.cohort == "all" and not {"max_time", "limit_train_batches"} & options.keys()
+    if not algorithm.topology.pooled or counted or whole_epochs:
         return []
     remedy = f"{type(algorithm).__name__} takes as many steps as a cohort does: say how many each client takes"
     return [Problem("trainer.max_steps", options.get("max_steps"), remedy)]
 
 
-def check_cohort_engine(
-    algorithm: Algorithm, client: Client, federation: Federation, options: Mapping[str, Any]
-) -> list[Problem]:
-    """Return why clients cannot be trained in one pass, where a number of them is given."""
-    number = federation.clients_in_one_pass
-    if number in ("auto", 1):
-        return []
-    return check_one_pass(number, algorithm, client.objective, options, federation.client_timeout_seconds)
-
-
-def check_clock(clock: SimulatedClock | None, options: Mapping[str, Any], key: str = "clock") -> list[Problem]:
+def check_clock(clock: SimulatedClock | None, facts: Facts) -> list[Problem]:
     """Return the mistakes in the simulated clock, and what keeps it from knowing how long a client trains."""
     if clock is None:
         return []
-    problems = clock.check(key)
-    if "max_time" in options:
+    problems = clock.check("clock", facts)
+    if "max_time" in facts.trainer:
         remedy = "simulated devices take a number of steps, not a time: give max_steps or max_epochs"
-        problems.append(Problem("trainer.max_time", options["max_time"], remedy))
+        problems.append(Problem("trainer.max_time", facts.trainer["max_time"], remedy))
     return problems
+
+
+def facts_of(sections: Mapping[str, Any], model_known: bool) -> Facts:
+    """Return what is known of a run by its configuration."""
+    callbacks, tasks = sections["callbacks"], sections["general_tasks"]
+    logged = [name for callback in callbacks for name in callback.logs]
+    return Facts(
+        depth=sections["model"].depth if model_known else 0,
+        metrics=[*metric_paths([task.name for task in tasks]), *logged],
+        optimizer=sections["client"].optimizer,
+        trainer=trainer_options(sections["trainer"]),
+        timeout_seconds=sections["federation"].client_timeout_seconds,
+    )
 
 
 def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
@@ -110,26 +147,31 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     """
     model: BaseModel = sections["model"]
     client: Client = sections["client"]
-    problems = model.check()
+    rounds: Rounds = sections["federation"]
+    algorithm, callbacks = sections["algorithm"], sections["callbacks"]
+    problems = model.check("model", Facts())
+    facts = facts_of(sections, model_known=not problems)
     if not problems:
-        problems += sections["algorithm"].check(model.depth)
+        problems += algorithm.check("algorithm.init_args", facts)
     if "data" in sections:
-        problems += check_data(sections["data"], model if not problems else None, sections["seed"])
-    problems += [*client.check(), *sections["federation"].check()]
-    problems += check_combination(sections["algorithm"], client, sections["federation"])
-    options = trainer_options(sections["trainer"])
-    problems += check_trainer(options, model.dtype, client.schedule.name)
-    problems += check_clock(sections["clock"], options)
-    problems += sections["prefix"].check() if sections["prefix"] else []
-    problems += check_cohort_engine(sections["algorithm"], client, sections["federation"], options)
-    problems += check_pooling(sections["algorithm"], sections["federation"], options)
-    problems += check_tasks(sections["general_tasks"], "general_tasks")
-    metrics = metric_paths([task.name for task in sections["general_tasks"]])
-    for index, callback in enumerate(sections["callbacks"]):
-        problems += callback.check(f"callbacks[{index}].init_args", metrics)
-        if callback.restores_rounds and sections["algorithm"].grows:
-            remedy = "goes back to an earlier round, which a model that grows cannot: leave the plateau out, or this"
-            problems.append(Problem(f"callbacks[{index}]", type(callback).__name__, remedy))
+        problems += check_data(sections["data"], model if not problems else None, sections["seed"], facts)
+    problems += [*client.check("client", facts), *rounds.check("federation", facts)]
+    parts: dict[str, HasTraits] = {
+        "algorithm": algorithm,
+        "client.objective": client.objective,
+        "federation.averaging": rounds.averaging,
+        "federation.server_optimizer": rounds.server_optimizer,
+        "engine": sections["engine"],
+    }
+    problems += conflicts(parts | {f"callbacks[{index}]": callback for index, callback in enumerate(callbacks)})
+    problems += check_trainer(facts.trainer, model.dtype, client.schedule.name)
+    problems += check_clock(sections["clock"], facts)
+    problems += sections["prefix"].check("prefix", facts) if sections["prefix"] else []
+    problems += sections["engine"].check("engine.init_args", facts)
+    problems += check_pooling(algorithm, rounds, facts.trainer)
+    problems += check_tasks(sections["general_tasks"], facts)
+    for index, callback in enumerate(callbacks):
+        problems += callback.check(f"callbacks[{index}].init_args", facts)
     if sections["logger"] == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         problems.append(Problem("logger", "tensorboard", "is not installed: pip install 'fedbe[tensorboard]'"))
     begins = sections["output"] and not sections.get("ckpt_path")

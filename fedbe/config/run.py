@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ from lightning.pytorch.loggers import Logger
 from fedbe.algorithms import Algorithm, BlockExpansion
 from fedbe.allocation import SimulatedClock
 from fedbe.config.rules import check_sections
-from fedbe.config.sections import Client, Federation
+from fedbe.config.sections import Client, Rounds
 from fedbe.data import FederatedDataModule
+from fedbe.engines import Engine, InProcess
 from fedbe.errors import Problem
 from fedbe.evaluation.tasks import GeneralTask
 from fedbe.federation.callback import FederatedCallback
@@ -34,10 +36,12 @@ class RunConfig:
         algorithm: What is trained and how it is averaged.
         client: How each client trains.
         federation: Rounds and cohorts.
+        engine: Where clients train: a class of `fedbe.engines` by ``class_path``. ``Forked`` and ``InProcess`` come to
+            the same result, and a run may go on with the other one.
         general_tasks: What the base model could do, scored before and after to see what was kept.
         callbacks: Added to the standard ones; one of a standard class takes that one's place.
         trainer: Arguments of each client's `L.Trainer`; loggers, checkpoints and progress bars are the run's.
-        prefix: Keep what the frozen blocks below all that is trained compute of each sequence; ``null`` to compute it
+        prefix: Keep what the frozen blocks below everything trained compute of each sequence; ``null`` to compute it
             each time.
         clock: The clients' simulated devices and the time they take; ``null`` to take each client's measured time.
         logger: ``wandb`` (offline unless a key is present), ``csv``, ``tensorboard``, ``none``, or a Lightning logger.
@@ -52,7 +56,8 @@ class RunConfig:
     model: BaseModel = field(default_factory=BaseModel)
     algorithm: Algorithm = field(default_factory=BlockExpansion)
     client: Client = field(default_factory=Client)
-    federation: Federation = field(default_factory=Federation)
+    federation: Rounds = field(default_factory=Rounds)
+    engine: Engine = field(default_factory=InProcess)
     general_tasks: Sequence[GeneralTask] = ()
     callbacks: Sequence[FederatedCallback] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)
@@ -61,9 +66,9 @@ class RunConfig:
     logger: Literal["wandb", "csv", "tensorboard", "none"] | Logger = "wandb"
     ckpt_path: str | None = None
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        """Where the run goes, or where the one is that is continued."""
+        """Where the run goes, or where the one is that is continued: looked for on the disk once."""
         if self.ckpt_path not in (None, LAST):
             return Path(str(self.ckpt_path)).parent.parent
         if self.output is not None:

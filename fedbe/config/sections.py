@@ -8,10 +8,9 @@ import torch
 from torch.optim import Optimizer
 
 from fedbe.aggregation import Averaging, Mean, SampleWeighted, ServerOptimizer
-from fedbe.client.module import OptimizerFactory
+from fedbe.client.plan import OptimizerFactory
 from fedbe.client.schedule import Schedule
-from fedbe.engines.forked import check_workers
-from fedbe.errors import ConfigError, Problem
+from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.federation.cohort import cohort_count
 from fedbe.federation.quorum import Quorum
 from fedbe.objectives import Objective, Plain
@@ -27,7 +26,7 @@ class Client:
     """How each client trains; what `L.Trainer` offers stands under ``trainer``.
 
     Attributes:
-        optimizer: A `torch.optim` class by ``class_path``; built anew for each client and round.
+        optimizer: A `torch.optim` class by ``class_path``; a new one for each client and round.
         schedule: The learning-rate schedule.
         objective: What clients minimise: a class of `fedbe.objectives` by ``class_path``.
     """
@@ -36,21 +35,21 @@ class Client:
     schedule: Schedule = field(default_factory=Schedule)
     objective: Objective = field(default_factory=Plain)
 
-    def check(self, key: str = "client") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in this section; the optimizer is built once to see whether it can be."""
-        problems = self.schedule.check(f"{key}.schedule")
+        problems = self.schedule.check(f"{key}.schedule", facts)
         try:
             self.optimizer([torch.nn.Parameter(torch.zeros(1))])
         except (TypeError, ValueError) as error:
             arguments = getattr(self.optimizer, "keywords", {})
             given = {name: value for name, value in arguments.items() if f"{value}" in str(error)} or arguments
             return [*problems, Problem(f"{key}.optimizer", given, f"cannot be built: {error}")]
-        return problems + self.objective.check(self.optimizer)
+        return problems + self.objective.check(f"{key}.objective.init_args", facts)
 
 
 @dataclass
-class Federation:
-    """The rounds.
+class Rounds:
+    """The rounds: the section `federation`.
 
     Attributes:
         rounds: Number of rounds.
@@ -62,11 +61,6 @@ class Federation:
         quorum: How many clients of a round must not fail, and what happens if more do.
         client_timeout_seconds: A client that is not done by then, looked at before each of its steps, has failed;
             ``null`` to wait.
-        workers: Processes in which clients train side by side, on the CPU, with one thread each and the frozen weights
-            in memory once; 1 to train them in this process, one after another.
-        clients_in_one_pass: How many clients train at a time, the frozen part of the model run once for all of them;
-            each comes to its own result up to rounding. ``auto`` for as many as is quickest, measured before round 1.
-            It pays for small batches of short sequences, see ``fedbe bench cohort``; 1 for one by one.
     """
 
     rounds: int = 20
@@ -76,22 +70,15 @@ class Federation:
     server_optimizer: ServerOptimizer = field(default_factory=Mean)
     quorum: Quorum = field(default_factory=Quorum)
     client_timeout_seconds: float | None = None
-    workers: int = 1
-    clients_in_one_pass: int | Literal["auto"] = 1
 
-    def check(self, key: str = "federation") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in this section that do not depend on the data."""
-        problems = self.server_optimizer.check(f"{key}.server_optimizer") + self.quorum.check(f"{key}.quorum")
-        problems += [*self.averaging.check(f"{key}.averaging"), *check_workers(self.workers, f"{key}.workers")]
-        if self.client_timeout_seconds is not None and not self.client_timeout_seconds > 0:
-            problems.append(
-                Problem(f"{key}.client_timeout_seconds", self.client_timeout_seconds, "give seconds above 0")
-            )
-        at_once = self.clients_in_one_pass
-        too_few = at_once != "auto" and at_once < 1
-        if too_few or (at_once != 1 and self.workers > 1):
-            remedy = "give 1 or more clients, or `auto`" if too_few else "clients of `workers` train alone: give 1"
-            problems.append(Problem(f"{key}.clients_in_one_pass", at_once, remedy))
+        problems = self.server_optimizer.check(f"{key}.server_optimizer.init_args", facts)
+        problems += self.quorum.check(f"{key}.quorum", facts)
+        problems += self.averaging.check(f"{key}.averaging.init_args", facts)
+        timeout = self.client_timeout_seconds
+        if timeout is not None and not timeout > 0:
+            problems.append(Problem(f"{key}.client_timeout_seconds", timeout, "give seconds above 0"))
         counts = {"rounds": self.rounds, "evaluate_every_n_rounds": self.evaluate_every_n_rounds}
         problems += [Problem(f"{key}.{name}", value, "give 1 or more") for name, value in counts.items() if value < 1]
         if self.cohort != "all" and (self.cohort <= 0 or (isinstance(self.cohort, float) and self.cohort > 1)):

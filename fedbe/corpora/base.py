@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from datasets import Dataset
 
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 SPLITS = ("train", "validation", "test")
 
@@ -18,11 +18,12 @@ class Corpus(Protocol):
         """Return one split, ``"train"``, ``"validation"`` or ``"test"``, with at least the column ``text``."""
         ...
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what would make `load` fail, found without network and without reading whole files.
 
         Args:
-            key: Dotted key of this corpus in the configuration, the start of each problem's key.
+            key: Dotted key of its arguments in the configuration, the start of each problem's key.
+            facts: What is known of the run.
         """
         ...
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from fedbe.corpora.base import check_fractions, check_split, split_of
 from fedbe.corpora.paragraphs import drop_repeated
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 # What `fedbe` and its optional parts bring along, named here so that nothing else in an environment changes the corpus.
 # fmt: off
@@ -78,7 +78,7 @@ class InstalledDocumentation:
         rows = [(name, text) for name, text in zip(names, texts, strict=True) if text]
         return Dataset.from_dict({"name": [name for name, _ in rows], "text": [text for _, text in rows]})
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the problems of the arguments; finding no documentation at all is one of them."""
         problems = check_fractions(key, self.validation_fraction, self.test_fraction)
         if self.root is not None and not Path(self.root).is_dir():

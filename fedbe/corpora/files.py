@@ -11,7 +11,7 @@ from datasets.features.features import require_decoding
 from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
 from fedbe.corpora.base import check_fractions, check_split, split_of
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
@@ -59,7 +59,7 @@ class FilesCorpus:
         rows = load_dataset(self.format, data_files={source: self.files[source]}, split=source)
         return _finish(rows, source, split, self.columns, self.fractions, self.seed)
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the problems of the arguments and of the files, of which the first rows are read."""
         problems = check_fractions(key, **self.fractions)
         if self.format not in _FORMATS.values():
@@ -121,7 +121,7 @@ class SavedCorpus:
         fractions = _fractions(saved, self.validation_fraction, self.test_fraction)
         return _finish(saved[source], source, split, self.columns, fractions, self.seed)
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the problems of the arguments and of the saved data set, whose rows are not read."""
         problems = check_fractions(key, self.validation_fraction, self.test_fraction)
         try:
@@ -186,7 +186,7 @@ class HubCorpus:
         rows = load_dataset(self.name, self.config, split=self.splits[source], revision=self.revision)
         return _finish(rows, source, split, self.columns, self.fractions, self.seed)
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the problems of the arguments; without a network one is that the data set is not in the cache."""
         problems = check_fractions(key, **self.fractions)
         if not self.name:

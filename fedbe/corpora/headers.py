@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from fedbe.corpora.base import check_fractions, check_split, hash_position
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 LIBRARIES = (
     "c10",
@@ -65,7 +65,7 @@ class TorchHeaders:
         rows = [row for library in self.libraries for row in self._rows(library, split)]
         return Dataset.from_dict({name: [row[name] for row in rows] for name in ("text", "library", "path")})
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the problems of the arguments; a library without enough headers for its splits is one of them."""
         problems = check_fractions(key, self.validation_fraction, self.test_fraction)
         if self.max_characters is not None and self.max_characters < 1:

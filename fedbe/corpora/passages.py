@@ -5,7 +5,7 @@ from typing import Literal
 from datasets import Dataset
 
 from fedbe.corpora.base import SPLITS, Corpus, check_split
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 
 class Passages:
@@ -41,9 +41,9 @@ class Passages:
             labels += [number] * len(own)
         return Dataset.from_dict({"text": texts, "label": labels})
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the problems of the other corpus, and of the least length."""
-        problems = self.corpus.check(f"{key}.corpus")
+        problems = self.corpus.check(f"{key}.corpus.init_args", facts)
         if self.min_characters < 1:
             problems.append(Problem(f"{key}.min_characters", self.min_characters, "must be at least 1."))
         return problems

@@ -17,8 +17,9 @@ from fedbe.config.run import RunConfig
 from fedbe.errors import ConfigError, Problem
 from fedbe.federation.loop import FederatedLoop
 from fedbe.objectives import Plain
-from fedbe.storage.checkpoint import BEST, Checkpoints, load_tensors
+from fedbe.storage.checkpoint import BEST, FORMAT, Checkpoints, load_tensors
 from fedbe.storage.run_folder import RunFolder
+from fedbe.storage.tensor_names import grouped
 
 
 @dataclass(frozen=True)
@@ -61,32 +62,41 @@ class FinishedRun:
         """
         run = self.run if general_tasks else replace(self.run, general_tasks=())
         state, tensors = self._read_checkpoint()
-        loop = build(run, self.config)
-        loop.folder = self.folder
+        kept = self._read_kept()
+        loop = replace(build(run, self.config), folder=self.folder)
         loop.setup()
-        start = loop.state
-        loop.algorithm.load_state_dict(state["algorithm"])
-        names = loop.algorithm.state_names
-        missing = sorted(set(names) - tensors.keys())
-        if missing:
-            remedy = f"lacks {missing[0]}: it belongs to another configuration than {self.folder.config}"
-            raise ConfigError(Problem("run", str(self.folder.checkpoints), remedy))
-        loop.restore({name: tensors[name] for name in names})
+        try:
+            loop.server.come_to(state["server"])
+            start = dict(loop.server.state)
+            loop.server.load_state_dict(state["server"], grouped(tensors).get("server", {}))
+            if kept is not None:
+                loop.server.restore(kept)
+        except (KeyError, ValueError) as error:
+            remedy = f"belongs to another configuration than {self.folder.config}: {' '.join(str(error).split())}"
+            raise ConfigError(Problem("run", str(self.folder.checkpoints), remedy)) from error
         return loop, start
 
     def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the state at the run's end, and the tensors of its model: of the last round or of the one kept."""
+        """Return the state and the tensors at the run's end."""
         last = next(
             Checkpoints(self.folder.checkpoints).newest_first(), self.folder.checkpoints / "round_*.safetensors"
         )
         state, tensors = self._load(last)
+        if state.get("format") != FORMAT:
+            remedy = "was written by another version of fedbe: use that version"
+            raise ConfigError(Problem("run", str(last), remedy))
         done = state["progress"]["completed"]
         if done != self.summary["rounds"]:
             remedy = f"was written after round {done}, and the run ended after round {self.summary['rounds']}"
             raise ConfigError(Problem("run", str(last), remedy))
-        if self.summary.get("kept_round") is not None:
-            _, tensors = self._load(self.folder.checkpoints / BEST)
         return state, tensors
+
+    def _read_kept(self) -> dict[str, Tensor] | None:
+        """Return the global tensors of the round that was kept; ``None`` if it is the last one."""
+        if self.summary.get("kept_round") is None:
+            return None
+        _, tensors = self._load(self.folder.checkpoints / BEST)
+        return tensors
 
     @staticmethod
     def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

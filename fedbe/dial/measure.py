@@ -28,14 +28,14 @@ def measure_dial(loop: FederatedLoop, start: Mapping[str, Tensor], factors: Coll
     scores = {}
     try:
         for factor in sorted({0.0, *factors}):
-            load_tensors(loop.model, loop.algorithm.dial(start, loop.state, factor))
+            load_tensors(loop.model, loop.algorithm.adaptation.dial(start, loop.server.state, factor))
             scores[factor] = _scored(loop)
     finally:
-        load_tensors(loop.model, loop.state)
+        load_tensors(loop.model, loop.server.state)
     _, base = scores[0.0]
     return [DialPoint(factor, accuracy, retention(base, general)) for factor, (accuracy, general) in scores.items()]
 
 
 def _scored(loop: FederatedLoop) -> tuple[float, dict[str, TaskScore]]:
-    downstream = evaluate_downstream(loop.model, loop.data.val_dataloader())
+    downstream = evaluate_downstream(loop.model, loop.plan.data.val_dataloader())
     return downstream.accuracy, {task.name: task.evaluate(loop.model) for task in loop.general_tasks}

@@ -1,25 +1,29 @@
 """Clients side by side, in processes that share the one resident model's memory."""
 
+from __future__ import annotations
+
+import atexit
 import gc
+import json
 import multiprocessing
 import os
-import pickle
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 
 import torch
+from torch import Tensor
 
-from fedbe.engines.in_process import InProcessEngine
-from fedbe.errors import ConfigError, Problem
-from fedbe.expansion.probe import ProbeReport
-from fedbe.messages import ClientTask, Failure, FailureKind, Outcome
-from fedbe.prefix.store import PrefixReuse, Store
-from fedbe.system.machine import Trimming
+from fedbe.client.plan import LocalPlan
+from fedbe.engines.local import LocalEngine
+from fedbe.errors import ConfigError, Facts, MessageError, Problem
+from fedbe.messages import Failure, FailureKind, FitTask, Outcome, Update, decode, encode
+from fedbe.prefix import PrefixReuse, Store
+from fedbe.prefix.store import News
+from fedbe.storage.packed import pack, unpack
 
 _AHEAD = 2
 """Clients that are begun, per process, before the update that is next in the cohort's order has come in."""
@@ -32,50 +36,55 @@ def check_workers(workers: int, key: str) -> list[Problem]:
     """Return why clients cannot train in so many processes side by side on this machine."""
     if workers < 1:
         return [Problem(key, workers, "give 1 or more")]
-    if workers > 1 and (not hasattr(os, "fork") or torch.accelerator.is_available()):
-        remedy = "processes share the model in the memory of a system with fork and without an accelerator: give 1"
-        return [Problem(key, workers, remedy)]
+    if not hasattr(os, "fork") or torch.accelerator.is_available():
+        remedy = "processes share the model in the memory of a system with fork and without an accelerator: give "
+        return [Problem(key, workers, f"{remedy}fedbe.engines.InProcess in place of this engine")]
     return []
 
 
-@dataclass
-class ForkedEngine:
+class Forked(LocalEngine):
     """Trains several clients at a time, each in one of a few processes that live for a round.
 
     They are forked from this process as it is at the start of the round, so that nothing has to be sent to them, and
-    what nobody writes, the frozen weights, is in memory once. An update comes back through a pipe. Each process
-    computes with one thread; if this one does, too, results do not depend on the number of processes to the bit. A
-    process that is ended from outside, for want of memory for example, or that hangs, costs its client's round.
+    what nobody writes, the frozen weights, is in memory once. What comes of a client and what it keeps come back
+    through a pipe, as messages. Each process computes with one thread; if this one does, too, results do not depend on
+    the number of processes to the bit. A process that is ended from outside, for want of memory for example, or that
+    hangs, costs its client's round.
 
-    Attributes:
-        clients: What trains a client in each process.
-        workers: Number of processes.
+    Args:
+        workers: Number of processes, on the CPU.
 
     Source: ours.
     """
 
-    clients: InProcessEngine
-    workers: int
-    _store: Store | None = field(default=None, init=False, repr=False)
-    _trimming: Trimming = field(default_factory=Trimming, init=False, repr=False, compare=False)
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._store: Store | None = None
 
-    def __post_init__(self) -> None:
-        if problems := check_workers(self.workers, "federation.workers"):
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return why clients cannot train in so many processes on this machine."""
+        return check_workers(self.workers, f"{key}.workers")
+
+    def start(self, plan: LocalPlan) -> None:
+        """Learn what clients train.
+
+        Raises:
+            ConfigError: They cannot train in so many processes on this machine.
+        """
+        if problems := check_workers(self.workers, "engine.init_args.workers"):
             raise ConfigError(*problems)
+        super().start(plan)
 
-    def store(self, reuse: PrefixReuse) -> Store:
+    def store(self, reuse: PrefixReuse) -> Store | None:
         """Return an empty store for what frozen blocks compute, which the processes fill together."""
         self._store = reuse.store(1 + self.workers)
         return self._store
 
-    def probe(self, client_id: str) -> ProbeReport:
-        """Return what a client reports of the base model."""
-        return self.clients.probe(client_id)
-
-    def train(self, tasks: Iterable[ClientTask]) -> Iterator[tuple[ClientTask, Outcome]]:
+    def fit(self, tasks: Iterable[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
         """Yield each task with what came of it, in their order; all are taken before the first client begins."""
         cohort = list(tasks)
         self._trimming.before_client()
+        self.training.get_ready({task.max_steps for task in cohort})
         with self._workers(cohort) as workers:
             done: dict[int, Outcome] = {}
             begun = 0
@@ -89,14 +98,14 @@ class ForkedEngine:
                 yield task, done.pop(index)
 
     @contextmanager
-    def _workers(self, cohort: Sequence[ClientTask]) -> Iterator[list["_Worker"]]:
+    def _workers(self, cohort: Sequence[FitTask]) -> Iterator[list[_Worker]]:
         workers: list[_Worker] = []
         try:
             # Garbage collection in a process would write to, and so copy, the pages of every Python object.
             gc.freeze()
             try:
                 for number in range(min(self.workers, len(cohort))):
-                    workers.append(_Worker(self.clients, cohort, self._store, 1 + number))
+                    workers.append(_Worker(self, cohort, self._store, 1 + number))
             finally:
                 gc.unfreeze()
             yield workers
@@ -104,9 +113,9 @@ class ForkedEngine:
             for worker in workers:
                 worker.end()
 
-    def _finished(self, workers: Sequence["_Worker"]) -> dict[int, Outcome]:
+    def _finished(self, workers: Sequence[_Worker]) -> dict[int, Outcome]:
         """Wait until a client is done or over its time, and return what came of it."""
-        timeout = self.clients.timeout_seconds
+        timeout = self.plan.timeout_seconds
         patience = None if timeout is None else timeout + _GRACE_SECONDS
         busy = {worker.connection: worker for worker in workers if worker.client is not None}
         ready = wait(busy, None if patience is None else min(worker.left(patience) for worker in busy.values()))
@@ -118,7 +127,7 @@ class ForkedEngine:
 class _Worker:
     """A process, and the client that it trains."""
 
-    def __init__(self, engine: InProcessEngine, cohort: Sequence[ClientTask], store: Store | None, part: int) -> None:
+    def __init__(self, engine: Forked, cohort: Sequence[FitTask], store: Store | None, part: int) -> None:
         self.engine, self.cohort, self.store, self.part = engine, cohort, store, part
         self.client: int | None = None
         self._start()
@@ -128,13 +137,14 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.process: ForkProcess = context.Process(target=self._work, args=(theirs,), daemon=True)
         self.process.start()
+        atexit.register(self.process.kill)  # before `multiprocessing` sends SIGTERM and waits
         theirs.close()  # so that the end of the process is the end of the pipe
 
     def begin(self, client: int) -> None:
         """Let the process train a client, given by its place in the cohort."""
         self.client, self.begun = client, time.monotonic()
         with suppress(OSError):  # a process that is gone is noticed when its answer is received
-            self.connection.send(client)
+            self.connection.send_bytes(str(client).encode())
 
     def left(self, patience: float) -> float:
         """Return how many of so many seconds the client has left, at least 0."""
@@ -144,21 +154,31 @@ class _Worker:
         """Return what came of the client; if the process has ended, another takes its place."""
         assert self.client is not None
         try:
-            outcome, news = pickle.loads(self.connection.recv_bytes())
+            outcome, kept, news = (self.connection.recv_bytes() for _ in range(3))
         except (EOFError, OSError):
-            self.process.join()
+            self._join()
             code = self.process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return self._replace("memory" if code == -signal.SIGKILL else "error", f"its process ended with {how}")
         if self.store is not None:
-            self.store.learn(news)
+            self.store.learn(_news_of(news))
         client, self.client = self.client, None
-        return client, outcome
+        return client, self._taken(self.cohort[client], outcome, kept)
+
+    def _taken(self, task: FitTask, outcome: bytes, kept: bytes) -> Outcome:
+        try:
+            message, own = decode(outcome), unpack(kept)[1]
+        except MessageError as error:
+            return Failure(task.client_id, "update", str(error))
+        if isinstance(message, Update):
+            self.engine.restore_kept(task, own)
+        assert isinstance(message, Update | Failure)
+        return message
 
     def give_up(self, reason: str) -> tuple[int, Outcome]:
         """End the process with its client, and let another take its place."""
         self.process.kill()
-        self.process.join()
+        self._join()
         return self._replace("timeout", reason)
 
     def end(self) -> None:
@@ -166,27 +186,59 @@ class _Worker:
         if self.client is not None:
             self.process.kill()
         with suppress(OSError):
-            self.connection.send(None)
-        self.process.join()
+            self.connection.send_bytes(b"")
+        self._join()
         self.connection.close()
+
+    def _join(self) -> None:
+        self.process.join()
+        atexit.unregister(self.process.kill)
 
     def _replace(self, kind: FailureKind, reason: str) -> tuple[int, Outcome]:
         assert self.client is not None
         client, self.client = self.client, None
         self.connection.close()
         self._start()
-        return client, Failure(self.cohort[client].client_id, kind, reason)
+        return client, Failure(self.cohort[client].client_id, kind, reason, self.engine.training.structure)
 
     def _work(self, connection: Connection) -> None:
         """Train the clients that are asked for, in the process, until it is told to end or nobody is left to ask."""
         self.connection.close()  # the other end, which is inherited: or the death of who asks would go unnoticed
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+        for interrupt in (signal.SIGINT, signal.SIGTERM):  # which whole groups of processes get
+            signal.signal(interrupt, signal.SIG_IGN)  # the process that asks decides what becomes of them
         torch.set_num_threads(1)
         if self.store is not None:
             self.store.join(self.part)
         with suppress(EOFError, ConnectionError):
-            while (client := connection.recv()) is not None:
-                outcome = self.engine.attempt(self.cohort[client])
-                if isinstance(outcome, Failure):
-                    outcome = replace(outcome, error=None)  # of any class, which need not survive the pipe
-                connection.send_bytes(pickle.dumps((outcome, None if self.store is None else self.store.news())))
+            while client := connection.recv_bytes():
+                task = self.cohort[int(client)]
+                for part in _answer(task, self.engine.attempt(task), self.engine.kept(task)):
+                    connection.send_bytes(part)
+                connection.send_bytes(b"{}" if self.store is None else _text_of(self.store.news()))
+
+
+def _answer(task: FitTask, outcome: Outcome, kept: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
+    """Return what came of a client and what it keeps as bytes; what cannot travel is its failure."""
+    try:
+        return encode(outcome), pack({}, kept)
+    except MessageError as error:
+        return encode(Failure(task.client_id, "update", str(error))), pack({}, {})
+
+
+def _text_of(news: News) -> bytes:
+    places = {
+        key.hex(): [start, list(shape), str(dtype).removeprefix("torch.")]
+        for key, (start, shape, dtype) in news.places.items()
+    }
+    ends = {str(part): end for part, end in news.ends.items()}
+    return json.dumps({"places": places, "ends": ends, "hits": news.hits, "misses": news.misses}).encode()
+
+
+def _news_of(text: bytes) -> News:
+    """Return what `_text_of` got, from a process of our own."""
+    news = json.loads(text)
+    places = {
+        bytes.fromhex(key): (start, torch.Size(shape), getattr(torch, dtype))
+        for key, (start, shape, dtype) in news["places"].items()
+    }
+    return News(places, {int(part): end for part, end in news["ends"].items()}, news["hits"], news["misses"])

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
 from fedbe.data import by_length
-from fedbe.errors import Problem, check_at_least
-from fedbe.evaluation.scoring import pad
+from fedbe.data.batch import pad
+from fedbe.errors import Facts, Problem, check_at_least
 from fedbe.evaluation.tasks import TaskScore
 from fedbe.evaluation.text_task import TextTask
 from fedbe.modeling.passes import evaluation_mode
@@ -98,12 +98,12 @@ class CentroidTask(TextTask):
         self.max_length = max_length
         self.batch_size = batch_size
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the numbers or the corpus."""
         counts = {"shots": self.shots, "episodes": self.episodes, "batch_size": self.batch_size}
         return [
             *check_at_least(key, 1, **counts, max_items=self.max_items, max_length=self.max_length),
-            *self.check_corpus(key),
+            *self.check_corpus(key, facts),
         ]
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:

@@ -29,6 +29,38 @@ class DialPoint:
         return self.retention.get(RESERVED_NAME)
 
 
+@dataclass(frozen=True)
+class Dial:
+    """The measured dial of a run.
+
+    Attributes:
+        points: In ascending order of the factor, from 0 to 1.
+        chosen: The chosen factor; ``None`` without general tasks.
+        wanted_retention: The retention to which it was chosen; ``None`` for the best trade-off.
+    """
+
+    points: list[DialPoint]
+    chosen: float | None
+    wanted_retention: float | None
+
+    @classmethod
+    def recorded(cls, summary: Mapping[str, Any]) -> Dial | None:
+        """Return what a `summary.json` holds of it; ``None`` if it was not measured."""
+        if not summary.get("dial"):
+            return None
+        record = summary["dial"]
+        return cls(recorded_points(summary), record["chosen"], record["wanted_retention"])
+
+    @property
+    def reason(self) -> str:
+        """Why the factor was chosen."""
+        if self.chosen is None:
+            return "no factor is chosen: the run has no general tasks to see what was kept"
+        if self.wanted_retention is None:
+            return f"{self.chosen:g} is the best trade-off between retention and what is left of the downstream gain"
+        return f"{self.chosen:g} is the largest of these that keeps {100 * self.wanted_retention:.1f} % or more"
+
+
 def choose_factor(points: Sequence[DialPoint], wanted: float | None = None) -> float | None:
     """Return a factor out of those measured; ``None`` if no retention was.
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
-from fedbe.data import IGNORED
-from fedbe.errors import Problem, check_at_least
-from fedbe.evaluation.scoring import pad, token_statistics
+from fedbe.data.batch import IGNORED, pad
+from fedbe.errors import Facts, Problem, check_at_least
+from fedbe.evaluation.scoring import token_statistics
 from fedbe.evaluation.tasks import TaskScore
 from fedbe.evaluation.text_task import TextTask
 from fedbe.modeling.passes import evaluation_mode
@@ -167,12 +167,12 @@ class MultipleChoiceTask(_ItemsTask):
         self.columns = (question_column, choices_column, answer_column)
         self.batch_size = batch_size
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the numbers, the template or the corpus."""
         problems = check_at_least(key, 1, max_items=self.max_items, batch_size=self.batch_size)
         if "{question}" not in self.template:
             problems.append(Problem(f"{key}.template", self.template, "must contain {question}."))
-        return [*problems, *self.check_corpus(key)]
+        return [*problems, *self.check_corpus(key, facts)]
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:
         """Tokenise the questions.
@@ -250,13 +250,13 @@ class ContinuationTask(_ItemsTask):
         self.max_items = max_items
         self.batch_size = batch_size
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the numbers or the corpus."""
         positive = {"context_tokens": self.context_tokens, "continuation_tokens": self.continuation_tokens}
         return [
             *check_at_least(key, 2, choices=self.choices),
             *check_at_least(key, 1, **positive, max_items=self.max_items, batch_size=self.batch_size),
-            *self.check_corpus(key),
+            *self.check_corpus(key, facts),
         ]
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:

@@ -4,7 +4,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
-from fedbe.errors import Problem, check_at_least
+from fedbe.errors import Facts, Problem, check_at_least
 from fedbe.evaluation.scoring import ratio_standard_error, sequence_statistics
 from fedbe.evaluation.tasks import GeneralTask, TaskScore
 from fedbe.evaluation.text_task import TextTask, require_length
@@ -56,12 +56,12 @@ class NextTokenTask(TextTask):
         self.max_sequences = max_sequences
         self.batch_size = batch_size
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the numbers or the corpus."""
         return [
             *check_at_least(key, 2, sequence_length=self.sequence_length),
             *check_at_least(key, 1, max_sequences=self.max_sequences, batch_size=self.batch_size),
-            *self.check_corpus(key),
+            *self.check_corpus(key, facts),
         ]
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:
@@ -71,7 +71,7 @@ class NextTokenTask(TextTask):
             ConfigError: There is no text, or no tokenizer.
         """
         tokenizer = self.require_tokenizer(tokenizer)
-        require_length(self.name, model, self.sequence_length)
+        require_length(model, self.sequence_length)
         ((texts,),) = self.take_rows()
         documents = tokenise(tokenizer, texts)
         tokens, labels = pack(documents, begin_token(tokenizer, model.config), self.sequence_length)
@@ -108,7 +108,7 @@ class SampledTextTask(GeneralTask):
         self.name = name
         self.batch_size = batch_size
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the numbers."""
         problems = check_at_least(key, 1, sequences=self.sequences, batch_size=self.batch_size)
         problems += check_at_least(key, 2, sequence_length=self.sequence_length)
@@ -122,7 +122,7 @@ class SampledTextTask(GeneralTask):
         Raises:
             ConfigError: The model does not take so many tokens.
         """
-        require_length(self.name, model, self.sequence_length)
+        require_length(model, self.sequence_length)
         begin = begin_token(tokenizer, model.config)
         self.tokens = sample_sequences(
             model,

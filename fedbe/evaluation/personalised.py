@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from fedbe.evaluation.downstream import DownstreamScore
+from fedbe.messages import Evaluation
 
 
-def summarise_clients(scores: Sequence[DownstreamScore]) -> dict[str, float]:
+def summarise_clients(scores: Sequence[Evaluation]) -> dict[str, float]:
     """Return ``mean``, ``min`` and ``max`` of the accuracies of the clients' own models, and the mean ``loss``.
 
     Each client weighs the same. Source: ours.

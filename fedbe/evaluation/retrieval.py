@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
-from fedbe.errors import Problem, check_at_least
+from fedbe.errors import Facts, Problem, check_at_least
 from fedbe.evaluation.centroid import embed, token_ids
 from fedbe.evaluation.tasks import TaskScore
 from fedbe.evaluation.text_task import TextTask
@@ -58,10 +58,10 @@ class RetrievalTask(TextTask):
         self.max_length = max_length
         self.batch_size = batch_size
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the numbers or the corpus."""
         numbers = check_at_least(key, 1, batch_size=self.batch_size, max_length=self.max_length)
-        return [*numbers, *check_at_least(key, 2, max_items=self.max_items), *self.check_corpus(key)]
+        return [*numbers, *check_at_least(key, 2, max_items=self.max_items), *self.check_corpus(key, facts)]
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:
         """Tokenise queries and documents, once.

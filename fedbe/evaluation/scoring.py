@@ -88,14 +88,6 @@ def join(parts: Sequence[Statistics]) -> Statistics:
     )
 
 
-def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Return sequences as one tensor, filled up on the right with `value`. Shape ``[n, longest]``."""
-    padded = torch.full((len(sequences), max(map(len, sequences))), value)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-    return padded
-
-
 def ratio_standard_error(correct: Tensor, items: Tensor) -> float:
     """Return the standard error of ``correct.sum() / items.sum()`` when rows were drawn, not single predictions.
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem, under
 
 RESERVED_NAME = "mean"
+
+KEY = "general_tasks"
+"""Where a run's general tasks stand in a configuration."""
 
 
 @dataclass(frozen=True)
@@ -45,32 +48,44 @@ class GeneralTask(ABC):
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:
-        """Load and tokenise the items once, before round 1; `model` is still the base model."""
+        """Load and tokenise the items once, before round 1; `model` is still the base model.
+
+        Raises:
+            ConfigError: They cannot be scored with this model; keys are those of this task's arguments.
+        """
 
     @abstractmethod
     def evaluate(self, model: PreTrainedModel) -> TaskScore:
         """Score the model as it is now, on exactly the same items at every call."""
 
-    def check(self, key: str) -> list[Problem]:
-        """Return the mistakes in this task's configuration, found before work starts."""
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this task's configuration, found before work starts; see `Facts`."""
         return []
 
 
-def check_tasks(tasks: Sequence[GeneralTask], key: str) -> list[Problem]:
-    """Return the mistakes of a run's general tasks, their names among them.
+def prepare_tasks(
+    tasks: Sequence[GeneralTask], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> None:
+    """Prepare a run's general tasks on the base model.
 
-    Args:
-        tasks: The tasks in the order of the configuration.
-        key: Dotted key of the list.
+    Raises:
+        ConfigError: One cannot be scored with this model.
     """
+    for index, task in enumerate(tasks):
+        with under(f"{KEY}[{index}].init_args"):
+            task.prepare(model, tokenizer, seed)
+
+
+def check_tasks(tasks: Sequence[GeneralTask], facts: Facts) -> list[Problem]:
+    """Return the mistakes of a run's general tasks, in the order of the configuration, their names among them."""
     counts = Counter(task.name for task in tasks)
     problems = []
     for index, task in enumerate(tasks):
-        place = f"{key}[{index}].init_args"
+        place = f"{KEY}[{index}].init_args"
         if counts[task.name] > 1:
             problems.append(Problem(f"{place}.name", task.name, "give each general task a name of its own."))
         if task.name in ("", RESERVED_NAME) or "/" in task.name:
             remedy = f"a task's name is not empty, not {RESERVED_NAME!r} and has no '/'; choose another."
             problems.append(Problem(f"{place}.name", task.name, remedy))
-        problems.extend(task.check(place))
+        problems.extend(task.check(place, facts))
     return problems

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
-from fedbe.errors import ConfigError, Problem
+from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.evaluation.tasks import GeneralTask
 from fedbe.text.tokens import maximum_length
 
@@ -43,10 +43,10 @@ class TextTask(GeneralTask):
         del self.rows
         return rows
 
-    def check_corpus(self, key: str) -> list[Problem]:
+    def check_corpus(self, key: str, facts: Facts) -> list[Problem]:
         """Return why the corpus cannot be scored: what it says itself, a missing column, or no text."""
         place = f"{key}.corpus"
-        if problems := self.corpus.check(place):
+        if problems := self.corpus.check(f"{place}.init_args", facts):
             return problems
         try:
             _ = self.rows
@@ -58,7 +58,7 @@ class TextTask(GeneralTask):
 
     def fail(self, argument: str, value: object, remedy: str) -> NoReturn:
         """Raise a `ConfigError` about one argument of this task."""
-        raise ConfigError(Problem(f"general_tasks.{self.name}.{argument}", value, remedy))
+        raise ConfigError(Problem(argument, value, remedy))
 
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """Return the tokenizer.
@@ -83,7 +83,7 @@ class TextTask(GeneralTask):
         return [[column[index] for index in kept] for column in (first, *others)]
 
 
-def require_length(name: str, model: PreTrainedModel, length: int) -> None:
+def require_length(model: PreTrainedModel, length: int) -> None:
     """Check that a general task's sequences are not longer than the model takes.
 
     Raises:
@@ -91,4 +91,4 @@ def require_length(name: str, model: PreTrainedModel, length: int) -> None:
     """
     most = maximum_length(model)
     if most is not None and length > most:
-        raise ConfigError(Problem(f"general_tasks.{name}.sequence_length", length, f"the model takes {most} at most."))
+        raise ConfigError(Problem("sequence_length", length, f"the model takes {most} at most."))

@@ -22,8 +22,9 @@ from fedbe.expansion.growth import Plateau, grow
 from fedbe.expansion.identity import IdentityRule
 from fedbe.expansion.names import base_tensor_names, block_parameter_names
 from fedbe.expansion.placement import AdaptivePlacement, Choice, FixedPlacement, Placement, RandomPlacement
-from fedbe.expansion.probe import ProbeReport, identity_rule, probe_client, probe_gradients
+from fedbe.expansion.probe import identity_rule, probe_client, probe_gradients
 from fedbe.expansion.token_gate import TokenGate
+from fedbe.messages import ProbeReport
 from fedbe.modeling.checkpointing import enable_gradient_checkpointing
 from fedbe.modeling.freezing import freeze, head_parameter_names, set_training_modes, stack_parameter_names
 

@@ -98,6 +98,21 @@ def find_gate(model: PreTrainedModel) -> TokenGate | None:
     return gate if isinstance(gate, TokenGate) else None
 
 
+def refuse_gate(model: PreTrainedModel, newcomer: str) -> None:
+    """Check that a model has no gate.
+
+    Args:
+        model: The model.
+        newcomer: What is about to be inserted.
+
+    Raises:
+        ExpansionError: If it has one.
+    """
+    if find_gate(model) is not None:
+        name = type(model).__name__
+        raise ExpansionError(f"{name} has a gate, which would miss {newcomer}: take it out meanwhile.")
+
+
 def gate_parameter_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the exact parameter names of a model's gate, none where there is no gate."""
     gate = find_gate(model)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedbe.errors import ExpansionError, Problem
+from fedbe.errors import ExpansionError, Facts, Problem
 from fedbe.expansion.expand import Expansion, failure, resolve_positions
-from fedbe.expansion.gate import find_gate
+from fedbe.expansion.gate import refuse_gate
 from fedbe.expansion.identity import IdentityRule, make_identity
 from fedbe.modeling.architecture import all_configs, arrange, find_blocks
 from fedbe.modeling.verification import observe, probe_inputs
@@ -20,10 +20,10 @@ from fedbe.modeling.verification import observe, probe_inputs
 
 @dataclass
 class Plateau:
-    """Notices when a score has stopped rising; having noticed, it counts anew, so that a change has time to show.
+    """Notices when a score has stopped rising; then it starts counting again, so that a change has time to show.
 
     Attributes:
-        patience: So many scores in a row without a gain are a plateau.
+        patience: This many scores in a row without a gain are a plateau.
         min_gain: A score more than this above the best before it is a gain; in the score's unit.
 
     Source: ours.
@@ -34,7 +34,7 @@ class Plateau:
     _best: float = field(default=-math.inf, init=False, repr=False)
     _without_gain: int = field(default=0, init=False, repr=False)
 
-    def check(self, key: str = "plateau") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for each number outside its range."""
         problems = []
         if self.patience < 1:
@@ -86,10 +86,7 @@ def grow(
 
     Source: ours.
     """
-    if find_gate(model) is not None:
-        raise ExpansionError(
-            f"{type(model).__name__} has a gate, which would miss the new block: take it out meanwhile."
-        )
+    refuse_gate(model, "the new block")
     expansion.blocks(model)
     (position,) = resolve_positions([position], expansion.base_depth)
     names = {id(parameter): name for name, parameter in model.named_parameters()}

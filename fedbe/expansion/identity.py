@@ -1,12 +1,12 @@
 """How a copied block starts as the identity: one rule per family of architectures."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fedbe.errors import ExpansionError
+from fedbe.modeling.families import Family, family_named, known_families
 
 GATE_NAME = "residual_gate"
 
@@ -38,44 +38,8 @@ class IdentityRule:
         return self.kind == "residual-gate"
 
 
-def _writers(*targets: str) -> IdentityRule:
-    return IdentityRule("zero-writers", targets)
-
-
 # Post-norm blocks end in LN(x + …), so that a zero output is not the identity: the whole block is gated.
 GATE = IdentityRule("residual-gate", (GATE_NAME,))
-# The gradient through a norm of a zero output is of order 1/√ε, so behind a norm its scale is zeroed instead.
-_OUTPUT_NORMS = IdentityRule("norm-scale", ("post_attention_layernorm", "post_feedforward_layernorm"))
-_GEMMA_NORMS = IdentityRule("norm-scale", _OUTPUT_NORMS.targets, shift=1.0)
-_GLM_NORMS = IdentityRule("norm-scale", ("post_self_attn_layernorm", "post_mlp_layernorm"))
-_LAYER_SCALE = IdentityRule("norm-scale", ("layer_scale1", "layer_scale2"))
-_GATED_MLP = _writers("self_attn.o_proj", "mlp.down_proj")
-_EXPERTS = _writers("self_attn.o_proj", "mlp.experts.down_proj")
-_SHARED_EXPERTS = _writers("self_attn.o_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj")
-_OPT = _writers("self_attn.out_proj", "fc2")
-_FUSED_QKV = _writers("self_attention.dense", "mlp.dense_4h_to_h")
-
-# Of several rules the first that verifies is taken: OPT models are pre- or post-norm.
-_FAMILIES: Mapping[str, tuple[IdentityRule, ...]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo"), (_GATED_MLP,)),
-    **dict.fromkeys(("gemma", "granite", "stablelm", "cohere2"), (_GATED_MLP,)),
-    **dict.fromkeys(("mixtral", "qwen3_moe"), (_EXPERTS,)),
-    "qwen2_moe": (_SHARED_EXPERTS,),
-    **dict.fromkeys(("gemma2", "gemma3_text"), (_GEMMA_NORMS,)),
-    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), (_OUTPUT_NORMS,)),
-    "glm4": (_GLM_NORMS,),
-    "phi": (_writers("self_attn.dense", "mlp.fc2"),),
-    "starcoder2": (_writers("self_attn.o_proj", "mlp.c_proj"),),
-    "gpt2": (_writers("attn.c_proj", "mlp.c_proj"),),
-    "gpt_neo": (_writers("attn.attention.out_proj", "mlp.c_proj"),),
-    "gptj": (_writers("attn.out_proj", "mlp.fc_out"),),
-    "gpt_neox": (_writers("attention.dense", "mlp.dense_4h_to_h"),),
-    **dict.fromkeys(("falcon", "bloom"), (_FUSED_QKV,)),
-    "opt": (_OPT, GATE),
-    "vit": (_writers("attention.o_proj", "mlp.fc2"),),
-    "dinov2": (_LAYER_SCALE,),
-    **dict.fromkeys(("bert", "roberta", "distilbert", "electra"), (GATE,)),
-}
 
 
 def candidate_rules(model_type: str, block: nn.Module) -> tuple[IdentityRule, ...]:
@@ -83,11 +47,27 @@ def candidate_rules(model_type: str, block: nn.Module) -> tuple[IdentityRule, ..
 
     Norm rules come first: zeroed writers in front of a norm pass for the identity too, with huge gradients.
     """
-    if model_type in _FAMILIES:
-        return _FAMILIES[model_type]
-    known = dict.fromkeys(rule for rules in _FAMILIES.values() for rule in rules if not rule.gated)
+    if rules := rules_of(family_named(model_type)):
+        return rules
+    known = dict.fromkeys(rule for family in known_families() for rule in rules_of(family) if not rule.gated)
     fitting = [rule for rule in known if all(_has(block, target) for target in rule.targets)]
     return (*sorted(fitting, key=lambda rule: (rule.kind, -len(rule.targets))), GATE)
+
+
+def rules_of(family: Family) -> tuple[IdentityRule, ...]:
+    """Return the rules that a family's description makes, in the order in which to try them; none if it says nothing.
+
+    The gradient through a norm of a zero output is of order 1/√ε, so that behind a norm its scale is zeroed instead of
+    the writers in front of it. Of several rules the first that verifies is taken: OPT models are pre- or post-norm.
+    """
+    rules = []
+    if family.output_norms:
+        rules.append(IdentityRule("norm-scale", family.output_norms, family.norm_offset))
+    if family.writers:
+        rules.append(IdentityRule("zero-writers", family.writers))
+    if family.post_norm:
+        rules.append(GATE)
+    return tuple(rules)
 
 
 def target_parameters(rule: IdentityRule, block: nn.Module) -> list[nn.Parameter]:

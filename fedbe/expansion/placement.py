@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from fedbe.errors import Problem, UpdateError
+from fedbe.errors import Facts, Problem, UpdateError
 from fedbe.expansion.expand import resolve_positions
-from fedbe.expansion.probe import ProbeReport
+from fedbe.messages import ProbeReport
 from fedbe.seeding import generator
+from fedbe.traits import Part, Trait, Traits
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,20 @@ class Choice:
         return cls(tuple(values["positions"]), tuple(Reason(**reason) for reason in values["reasons"]))
 
 
-class Placement(ABC):
+class Placement(Part, ABC):
     """Where blocks go, decided once on the server before round 1, and where the next one would go.
 
-    Subclass it in a file of your own and name it by ``class_path``.
+    Subclass it in a file of your own and name it by ``class_path``. If `choose` reads the clients' probes, `needs` says
+    so: a server that acts on reports. Otherwise nobody needs to probe.
 
     Attributes:
-        needs_reports: Whether `choose` reads the clients' probes; otherwise nobody needs to probe.
         seed: The run's seed, set before `choose`.
     """
 
-    needs_reports: bool = False
     seed: int = 0
 
-    def check(self, depth: int, key: str = "placement") -> list[Problem]:
-        """Return the mistakes in this configuration for a base model of `depth` blocks, found before work starts."""
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this configuration, found before work starts; see `Facts`."""
         return []
 
     @abstractmethod
@@ -117,7 +117,7 @@ class AdaptivePlacement(Placement):
     Source: ours.
     """
 
-    needs_reports = True
+    needs: Traits = frozenset({Trait.SERVER_SEES_REPORTS})
 
     def __init__(self, max_blocks: int = 4, min_blocks: int = 1, spacing: float = 1.0, threshold: float = 0.5) -> None:
         self.max_blocks = max_blocks
@@ -125,19 +125,19 @@ class AdaptivePlacement(Placement):
         self.spacing = spacing
         self.threshold = threshold
 
-    def check(self, depth: int, key: str = "placement") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for each argument outside its range."""
         problems = []
         if self.max_blocks < 1:
-            problems.append(Problem(f"{key}.init_args.max_blocks", self.max_blocks, "give 1 or more blocks"))
+            problems.append(Problem(f"{key}.max_blocks", self.max_blocks, "give 1 or more blocks"))
         if not 1 <= self.min_blocks <= self.max_blocks:
             remedy = f"give 1 or more blocks, and no more than `max_blocks`, {self.max_blocks}"
-            problems.append(Problem(f"{key}.init_args.min_blocks", self.min_blocks, remedy))
+            problems.append(Problem(f"{key}.min_blocks", self.min_blocks, remedy))
         if not 0 <= self.spacing < math.inf:
             remedy = "give a finite number of positions, 0 or more"
-            problems.append(Problem(f"{key}.init_args.spacing", self.spacing, remedy))
+            problems.append(Problem(f"{key}.spacing", self.spacing, remedy))
         if not 0 <= self.threshold <= 1:
-            problems.append(Problem(f"{key}.init_args.threshold", self.threshold, "give a share from 0 to 1"))
+            problems.append(Problem(f"{key}.threshold", self.threshold, "give a share from 0 to 1"))
         return problems
 
     def choose(self, reports: Sequence[ProbeReport], depth: int, costs: Sequence[float] | None = None) -> Choice:
@@ -199,9 +199,9 @@ class FixedPlacement(Placement):
     def __init__(self, positions: list[int] | int) -> None:
         self.positions = positions
 
-    def check(self, depth: int, key: str = "placement") -> list[Problem]:
-        """Return a problem when `positions` does not fit a base model of `depth` blocks."""
-        return check_positions(self.positions, depth, f"{key}.init_args.positions")
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return a problem when `positions` does not fit the base model."""
+        return check_positions(self.positions, facts.depth, f"{key}.positions")
 
     def choose(self, reports: Sequence[ProbeReport], depth: int, costs: Sequence[float] | None = None) -> Choice:
         """Return the given positions."""
@@ -221,9 +221,9 @@ class RandomPlacement(Placement):
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
 
-    def check(self, depth: int, key: str = "placement") -> list[Problem]:
-        """Return a problem when `blocks` is more than `depth` or less than 1."""
-        return _count_problems(f"{key}.init_args.blocks", self.blocks, depth)
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return a problem when `blocks` is more than the base model has, or less than 1."""
+        return _count_problems(f"{key}.blocks", self.blocks, facts.depth)
 
     def choose(self, reports: Sequence[ProbeReport], depth: int, costs: Sequence[float] | None = None) -> Choice:
         """Return the positions drawn from the run's seed."""

@@ -3,8 +3,6 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +10,12 @@ from transformers import PreTrainedModel
 
 from fedbe.errors import ExpansionError
 from fedbe.expansion.expand import expand_blocks, remove_blocks
+from fedbe.expansion.gate import refuse_gate
 from fedbe.expansion.identity import IdentityRule, make_identity, target_parameters
+from fedbe.messages import ProbeReport
 from fedbe.modeling.architecture import all_configs, arrange, find_blocks
-from fedbe.modeling.passes import evaluating
+from fedbe.modeling.base_model import forward_options
+from fedbe.modeling.passes import evaluation_mode, freezing_kept
 from fedbe.modeling.verification import on_device
 from fedbe.seeding import generator
 
@@ -22,37 +23,6 @@ Writers = tuple[nn.Parameter, ...]
 """The parameters of one identity block that its rule holds at the identity, and that alone have a gradient there."""
 
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class ProbeReport:
-    """What leaves a client that probed: a few numbers per position, and no data.
-
-    Attributes:
-        client_id: The sender.
-        scores: For each position the norm of the mean gradient of an identity block's zeroed parameters there.
-        samples: What the client weighs in a mean over clients: the number of samples it saw.
-        sketch: For each position the same random projection of that gradient at every client; None if not asked for.
-        labels: How often the client has each label, which tells something about its data; None if not asked for.
-    """
-
-    client_id: str
-    scores: tuple[float, ...]
-    samples: int
-    sketch: tuple[tuple[float, ...], ...] | None = None
-    labels: tuple[int, ...] | None = None
-
-    def to_dict(self) -> dict[str, object]:
-        """Return a dictionary for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ProbeReport":
-        """Return the report that `to_dict` described, straight or by way of JSON."""
-        sketch = values["sketch"]
-        rows = None if sketch is None else tuple(tuple(row) for row in sketch)
-        labels = None if values.get("labels") is None else tuple(values["labels"])
-        return cls(values["client_id"], tuple(values["scores"]), values["samples"], rows, labels)
 
 
 def probe_client(
@@ -134,26 +104,25 @@ def identity_blocks(model: PreTrainedModel, rule: IdentityRule) -> Iterator[list
     Inside, the model is in evaluation mode; afterwards it is what it was.
 
     Raises:
-        ExpansionError: If a block lacks the rule's targets.
+        ExpansionError: If a block lacks the rule's targets, or the model has a token gate.
     """
+    refuse_gate(model, "a new block")
     stack = find_blocks(model)
     base = list(stack.blocks)
-    modes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = {id(config): config for config in all_configs(model)}
     twins = [_twin(block, rule, configs) for block in base]
     positions = [tuple(target_parameters(rule, twin)) for twin in twins]
-    model.requires_grad_(False)
-    for writer in (writer for writers in positions for writer in writers):
-        writer.requires_grad_(True)
     doubled = [index for index in range(len(base)) for _ in range(2)]
-    arrange(stack, [block for pair in zip(base, twins, strict=True) for block in pair], doubled)
-    try:
-        with evaluating(model):
-            yield positions
-    finally:
-        arrange(stack, base, range(0, len(doubled), 2))
-        for parameter, mode in modes:
-            parameter.requires_grad_(mode)
+    with freezing_kept(model):
+        model.requires_grad_(False)
+        for writer in (writer for writers in positions for writer in writers):
+            writer.requires_grad_(True)
+        arrange(stack, [block for pair in zip(base, twins, strict=True) for block in pair], doubled)
+        try:
+            with evaluation_mode(model, inference=False):
+                yield positions
+        finally:
+            arrange(stack, base, range(0, len(doubled), 2))
 
 
 def backward(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> int:
@@ -210,9 +179,7 @@ def _twin(block: nn.Module, rule: IdentityRule, configs: Mapping[int, object]) -
 
 
 def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    # Without a cache the model also sees from restarting positions where packed documents begin.
-    options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
-    loss = model(**on_device(model, batch), **options).loss
+    loss = model(**on_device(model, batch), **forward_options(model)).loss
     if not isinstance(loss, Tensor):
         raise ExpansionError(f"{type(model).__name__} gives no loss on the probe's batches: they need `labels`.")
     return loss

@@ -13,6 +13,7 @@ from transformers import Cache
 
 from fedbe.errors import ExpansionError
 from fedbe.expansion.running_mean import mean_so_far, sums_in
+from fedbe.modeling.passes import stop_at
 
 Mode = Literal["open", "shut", "soft", "hard"]
 # An Adam step moves each parameter by about the learning rate η: with this the logit moves by up to about 4000·η in a
@@ -63,7 +64,7 @@ class TokenGate(nn.Module):
         self._depth = 0
         self._hidden: Tensor | None = None
         self._padding: object = None
-        self._stops = False
+        self._seen: tuple[nn.Module, ...] = ()  # in a tuple, lest the block become a submodule of the gate
         self._arguments: tuple[str, ...] = ()
         self._handles: list[RemovableHandle] = []
 
@@ -129,7 +130,7 @@ class TokenGate(nn.Module):
             gated: The blocks that are gated.
             depth: The number of blocks.
         """
-        self._depth = depth
+        self._depth, self._seen = depth, (seen,)
         self._arguments = tuple(inspect.signature(base.forward).parameters)
         self._handles.append(base.register_forward_pre_hook(self._note_padding, with_kwargs=True))
         self._handles.append(seen.register_forward_hook(self._see, with_kwargs=True))
@@ -148,31 +149,32 @@ class TokenGate(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._seen = ()
         self._hidden = self.opening = self._padding = None
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
-        """End each forward pass as soon as the features are there."""
-        self._stops = True
-        try:
+        """End the forward pass inside the block, and the block with it, as soon as the features are there."""
+        (seen,) = self._seen
+        with stop_at(seen) as stopped:
             yield
-        except _FeaturesSeenError:
-            pass
-        finally:
-            self._stops = False
+        if stopped.reached:
+            self._note(stopped.output)
 
     def _note_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         self._padding = given.get("attention_mask")
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # Without history: the pass under way is kept, and a model that holds it can be copied.
-        self._hidden, self.opening = _first(output).detach(), None
-        if self._stops:
-            raise _FeaturesSeenError
+        hidden = self._note(output)
         if not self.training and self.mode in ("soft", "hard"):
             cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-            self.opening = self._open(self._hidden, cache)
+            self.opening = self._open(hidden, cache)
+
+    def _note(self, output: Any) -> Tensor:
+        """Keep and return what the seen block gives, without history, so that a model that holds it can be copied."""
+        self._hidden, self.opening = _first(output).detach(), None
+        return self._hidden
 
     @torch.no_grad()
     def _open(self, hidden: Tensor, cache: Cache | None) -> Tensor:
@@ -224,10 +226,6 @@ class TokenGate(nn.Module):
         if self.opening is None or self.opening.numel() != like.shape[:-1].numel():
             raise ExpansionError(f"The tokens in {where} are not those that the gate has seen: it cannot be gated.")
         return self.opening.reshape(*like.shape[:-1], 1).to(like)
-
-
-class _FeaturesSeenError(Exception):
-    """Ends a forward pass of which only the features were wanted."""
 
 
 def _first(output: Any) -> Tensor:

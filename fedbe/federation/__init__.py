@@ -1,1 +1,1 @@
-"""Rounds over clients: the loop, a round, the hooks, and who takes part."""
+"""Rounds over clients: the loop, a round, the server, the hooks, and who takes part."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Quorum:
     least: int | float = 0.5
     below: Literal["replace", "stop"] = "replace"
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the number."""
         whole = isinstance(self.least, int) and not isinstance(self.least, bool) and self.least >= 1
         if whole or (isinstance(self.least, float) and 0 < self.least <= 1):

@@ -3,140 +3,176 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fedbe.aggregation import Aggregator, check_extra
 from fedbe.allocation.timing import RoundTiming
+from fedbe.engines.base import Engine
 from fedbe.errors import QuorumError, UpdateError
-from fedbe.messages import ClientTask, Failure, Outcome, Update
-
-if TYPE_CHECKING:
-    from fedbe.federation.loop import FederatedLoop
+from fedbe.federation.cohort import CohortSampler
+from fedbe.federation.hooks import Hooks
+from fedbe.federation.quorum import Quorum
+from fedbe.federation.record import RoundRecord
+from fedbe.federation.server import Server
+from fedbe.federation.validation import check_form
+from fedbe.messages import Failure, FitTask, Outcome
+from fedbe.storage.kept_outcomes import KeptOutcomes
 
 _NAMED = 10
 
 
 @dataclass
-class Round:
-    """Trains a cohort and aggregates what comes of it; clients that fail are left out, others may replace them.
+class RoundLoop:
+    """Trains a cohort and has the server aggregate; clients that fail are left out, others may replace them.
 
     Attributes:
-        loop: The loop, whose state is that at the start of the round; `loop.record` is filled in.
-        allocation: Client → units that it trains.
-        aggregator: Takes in the updates.
-        timing: How long it takes.
-        trained: Names of the tensors that a client sent.
-        begun: How many clients have begun.
-        failures: Those of them that failed.
+        server: Sends tasks and takes updates in.
+        engine: Where clients train.
+        sampler: Which clients take part.
+        quorum: How many of them must not fail.
+        hooks: The run's callbacks.
+        pause: Called after each client whose outcome is on disk; ends the run there if that was asked for.
+        experience: Index of the task of a sequence.
+        record: The line of `metrics.jsonl` of the round under way.
+        timing: How long the round takes.
+        kept_outcomes: Where what clients have sent is kept until the round is done; ``None`` for nowhere.
     """
 
-    loop: FederatedLoop
-    allocation: Mapping[str, tuple[str, ...]]
-    aggregator: Aggregator
-    timing: RoundTiming
-    trained: set[str] = field(default_factory=set)
-    begun: int = 0
-    failures: list[Failure] = field(default_factory=list)
+    server: Server
+    engine: Engine
+    sampler: CohortSampler
+    quorum: Quorum
+    hooks: Hooks
+    pause: Callable[[], None]
+    experience: int = 0
+    record: RoundRecord = field(default_factory=lambda: RoundRecord(0))
+    timing: RoundTiming = field(default_factory=lambda: RoundTiming(None))
+    kept_outcomes: KeptOutcomes | None = None
+    _begun: int = field(default=0, repr=False)
+    _failures: list[Failure] = field(default_factory=list, repr=False)
 
-    def run(self) -> dict[str, Tensor]:
-        """Train the clients and return what the aggregator makes of their updates.
+    @property
+    def index(self) -> int:
+        """0-based index of the round."""
+        return self.record.round - 1
+
+    def begin(self, number: int) -> None:
+        """Draw the cohort and allocate; the record says who is to train what."""
+        self._begun, self._failures = 0, []
+        self.timing = RoundTiming(self.engine.capabilities)
+        cohort = self.sampler.sample(
+            self.engine.client_ids, self.experience, number - 1, self.engine.available(number - 1)
+        )
+        self.record = RoundRecord(number, self.experience)
+        self._allocate(cohort)
+        self.record.explanation = self.server.algorithm.strategy.explanation()
+        self.server.begin_round(self.index)
+
+    def run(self) -> None:
+        """Train the clients and have the server take in their updates.
 
         Raises:
             QuorumError: Too many clients failed, and others must not or cannot take their place.
         """
-        cohort = self.allocation
-        self._train(cohort)
-        needed = self.loop.quorum.needed(self.begun)
-        while (lacking := needed - (self.begun - len(self.failures))) > 0:
-            self._train(self._others(lacking, len(cohort)))
-        self.loop.record |= {"client_seconds": self.timing.seconds, "late": self.timing.late}
-        return self.aggregator.result()
+        allocation, most = dict(self.record.allocation), len(self.record.cohort)
+        self._train(allocation)
+        needed = self.quorum.needed(self._begun)
+        while (lacking := needed - (self._begun - len(self._failures))) > 0:
+            self._train(self._others(lacking, most))
+        self.record.client_seconds, self.record.late = self.timing.seconds, self.timing.late
+        self.record.averaging = self.server.averaging.figures(self.record.round)
 
-    def _train(self, allocation: Mapping[str, tuple[str, ...]]) -> None:
+    def _allocate(self, cohort: list[str]) -> Mapping[str, list[str]]:
+        units = self.server.algorithm.strategy.allocate(cohort, self.index)
+        allocation = {client: list(names) for client, names in units.items()}
+        self.record.cohort += list(allocation)
+        self.record.allocation |= allocation
+        return allocation
+
+    def _train(self, allocation: Mapping[str, list[str]]) -> None:
         for task, outcome in self._outcomes(self._tasks(allocation)):
             failure = self._take(task, outcome)
             if failure is not None:
-                self.failures.append(failure)
-                self.loop.record["failures"].append(failure.record)
-                self.loop.call("on_client_failure", task, failure)
+                self._failures.append(failure)
+                self.record.failures.append(failure.record)
+                self.hooks.call("on_client_failure", task, failure)
             del task, outcome  # or their tensors would be in memory while the next client trains
 
-    def _tasks(self, allocation: Mapping[str, tuple[str, ...]]) -> Iterator[ClientTask]:
-        loop = self.loop
+    def _tasks(self, allocation: Mapping[str, list[str]]) -> Iterator[FitTask]:
+        capabilities = self.timing.capabilities
         for client_id, units in allocation.items():
-            task = loop.task(client_id, units)
-            if loop.capabilities is not None:
-                task = replace(task, max_steps=loop.capabilities.max_steps(task))
-                if lacking := loop.capabilities.lacking_memory(task):
-                    loop.record["lacking_memory"][client_id] = lacking
+            task = self.server.task(client_id, self.experience, self.index, units)
+            if capabilities is not None:
+                task = replace(task, max_steps=capabilities.max_steps(task))
+                if lacking := capabilities.lacking_memory(task):
+                    self.record.lacking_memory[client_id] = lacking
             if not units or task.max_steps == 0:
-                loop.record["idle"].append(client_id)
+                self.record.idle.append(client_id)
                 continue
-            self.begun += 1
-            loop.call("on_client_start", task)
+            self._begun += 1
+            self.hooks.call("on_client_start", task)
             yield task
 
-    def _outcomes(self, tasks: Iterator[ClientTask]) -> Iterator[tuple[ClientTask, Outcome]]:
+    def _outcomes(self, tasks: Iterator[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
         """Yield what comes of each client: first what an interrupted run has kept of this round, then new work."""
-        kept = self.loop.kept_outcomes
+        kept = self.kept_outcomes
         if kept is None:
-            yield from self.loop.engine.train(tasks)
+            yield from self.engine.fit(tasks)
             return
         for task in tasks:
             known = kept.load(task)
             if known is not None:
-                yield task, known
+                outcome, own = known
+                self.engine.restore_kept(task, own)
+                yield task, outcome
                 continue
-            for trained, outcome in self.loop.engine.train(itertools.chain([task], tasks)):
-                kept.save(trained, outcome)
+            for trained, outcome in self.engine.fit(itertools.chain([task], tasks)):
+                kept.save(trained, outcome, self.engine.kept(trained))
                 yield trained, outcome
-                self.loop.raise_if_interrupted()
+                self.pause()
 
-    def _take(self, task: ClientTask, outcome: Outcome) -> Failure | None:
+    def _take(self, task: FitTask, outcome: Outcome) -> Failure | None:
         """Take in an update, whole or not at all; return why not."""
-        loop = self.loop
-        for callback in loop.callbacks:
-            if isinstance(outcome, Update):
-                outcome = callback.on_client_update(loop, task, outcome) or outcome
-        if isinstance(outcome, Failure):
-            return outcome
-        update = outcome
-        loop.call("on_client_end", task, update)
         try:
-            if not self.timing.in_time(task, update):
-                return None
-            check_extra(update)
-            self.aggregator.add(update)
-            loop.algorithm.observe(task, update)
-            loop.objective.receive(update)
+            if not isinstance(outcome, Failure):
+                check_form(task, outcome)
+            outcome = self.hooks.replaced(task, outcome)
+            if isinstance(outcome, Failure):
+                return outcome
+            check_form(task, outcome)
+            if self.timing.in_time(task, outcome):
+                self.server.receive(task, outcome, self._peeked(task))
         except UpdateError as error:
-            return Failure(task.client_id, "update", str(error), error)
-        loop.keep(update)
-        self.trained.update(update.tensors)
+            return Failure(task.client_id, "update", str(error))
+        self.hooks.call("on_client_end", task, outcome)
         return None
 
-    def _others(self, count: int, most: int) -> Mapping[str, tuple[str, ...]]:
+    def _peeked(self, task: FitTask) -> dict[str, Tensor]:
+        names = self.server.algorithm.strategy.peeked_names
+        return self.engine.peek(task, names) if names else {}
+
+    def _others(self, count: int, most: int) -> Mapping[str, list[str]]:
         """Return the allocation of clients that take the place of those which failed.
 
         Raises:
             QuorumError: The quorum says to stop, there is nobody left, or `most` have been tried already.
         """
-        loop, record = self.loop, self.loop.record
-        count = min(count, 2 * most - len(record["cohort"]))
-        others = loop.others(record["cohort"], count) if loop.quorum.below == "replace" and count > 0 else []
+        count = min(count, 2 * most - len(self.record.cohort))
+        replace_them = self.quorum.below == "replace" and count > 0
+        others = self._next(count) if replace_them else []
         if not others:
-            raise QuorumError(self._message()) from self.failures[-1].error
-        allocation = loop.algorithm.allocate(others, loop.round_index)
-        record["cohort"] += others
-        record["allocation"] |= {client_id: list(names) for client_id, names in allocation.items()}
-        return allocation
+            raise QuorumError(self._message())
+        return self._allocate(others)
+
+    def _next(self, count: int) -> list[str]:
+        available = self.engine.available(self.index)
+        clients = self.engine.client_ids
+        return self.sampler.others(count, self.record.cohort, clients, self.experience, self.index, available)
 
     def _message(self) -> str:
-        number, failed = self.loop.progress.started, len(self.failures)
-        reasons = "".join(f"\n  - {failure.client_id}: {failure.reason}" for failure in self.failures[:_NAMED])
+        failed = len(self._failures)
+        reasons = "".join(f"\n  - {failure.client_id}: {failure.reason}" for failure in self._failures[:_NAMED])
         more = f"\n  and {failed - _NAMED} more" if failed > _NAMED else ""
-        return f"round {number} has no quorum, {failed} of {self.begun} clients failed:{reasons}{more}"
+        return f"round {self.record.round} has no quorum, {failed} of {self._begun} clients failed:{reasons}{more}"

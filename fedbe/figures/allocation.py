@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from fedbe.figures.style import STYLE
+from fedbe.figures.style import STYLE, plain
 
 _NAMED_CLIENTS = 24
 _NAMED_BLOCKS = 24
@@ -49,7 +49,7 @@ def allocation_figure(records: Sequence[Mapping[str, Any]], names: Sequence[str]
         left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         left.set_ylabel("block")
         shown = range(0, len(blocks), -(-len(blocks) // _NAMED_BLOCKS) or 1)
-        left.set_yticks(list(shown), [blocks[index] for index in shown])
+        left.set_yticks(list(shown), [plain(blocks[index]) for index in shown])
         right.set_title("… and how often")
         _name_clients(right, clients)
         bar = figure.colorbar(image, ax=[left, right], aspect=25, format=PercentFormatter(1.0))
@@ -97,7 +97,7 @@ def _draw(panel: Axes, shares: NDArray[np.float64], first: float) -> AxesImage:
 def _name_clients(panel: Axes, clients: Sequence[str]) -> None:
     """Write the clients' names where there is room for them."""
     if len(clients) <= _NAMED_CLIENTS:
-        panel.set_xticks(range(len(clients)), clients, rotation=90, fontsize=9)
+        panel.set_xticks(range(len(clients)), [plain(client) for client in clients], rotation=90, fontsize=9)
         panel.set_xlabel("client")
     else:
         panel.set_xticks([])

@@ -14,7 +14,7 @@ from fedbe.evaluation.tasks import RESERVED_NAME
 from fedbe.expansion.placement import Choice
 from fedbe.figures.allocation import allocation_figure
 from fedbe.figures.placement import placement_figure
-from fedbe.figures.style import COLORS, GREY, STYLE
+from fedbe.figures.style import COLORS, GREY, STYLE, plain
 from fedbe.figures.tables import readable_share
 
 Records = Sequence[Mapping[str, Any]]
@@ -138,7 +138,7 @@ def _name_ends(panel: Axes, curves: Sequence[Curve], percent: bool) -> None:
     for curve, place in zip(curves, places, strict=True):
         figures = readable_share(curve.y[-1]) if percent else f"{curve.y[0]:.3f} → {curve.y[-1]:.3f}"
         panel.annotate(
-            f"{curve.label}\n{figures}",
+            f"{plain(curve.label)}\n{figures}",
             (1.02, place),
             xycoords=panel.get_yaxis_transform(),
             color=curve.color,

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedbe.datamodules.report import ClientShare
+from fedbe.figures.style import plain, save
 
 _OTHER = "other"
 _MOST_COLOURS = 10
@@ -55,6 +56,9 @@ def plot_partition(shares: Sequence[ClientShare], path: str | Path) -> None:
     Args:
         shares: What each client holds.
         path: Image file to write, its kind by the ending.
+
+    Raises:
+        StorageError: It cannot be written.
     """
     figure = Figure(figsize=(min(max(6.0, 2.2 + 0.34 * len(shares)), 13.0), 4.4), layout="constrained", dpi=150)
     axes = figure.add_subplot()
@@ -67,7 +71,7 @@ def plot_partition(shares: Sequence[ClientShare], path: str | Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    figure.savefig(path)
+    save(figure, Path(path))
 
 
 def _draw_labels(axes: Axes, shares: Sequence[ClientShare]) -> None:
@@ -84,7 +88,7 @@ def _draw_labels(axes: Axes, shares: Sequence[ClientShare]) -> None:
     colours = [*distinct[: len(named)], distinct[-1]]
     below = [0] * len(shares)
     for (label, counts), colour in zip(parts, colours, strict=False):
-        axes.bar(range(len(shares)), counts, bottom=below, label=_shortened(label), color=colour, width=0.85)
+        axes.bar(range(len(shares)), counts, bottom=below, label=plain(_shortened(label)), color=colour, width=0.85)
         below = [low + count for low, count in zip(below, counts, strict=True)]
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], title="label", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
@@ -108,7 +112,7 @@ def _name_clients(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlabel("client")
     axes.set_xticks(
         range(len(names)),
-        [_shortened(name) for name in names],
+        [plain(_shortened(name)) for name in names],
         rotation=45 if long else 0,
         ha="right" if long else "center",
         rotation_mode="anchor" if long else "default",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from fedbe.evaluation.tasks import RESERVED_NAME
@@ -40,7 +41,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         summary: The content of `summary.json`; what was not measured is left out.
     """
     table = Table(
-        title=f"{summary.get('algorithm', 'Run')}, {summary.get('rounds', '?')} rounds",
+        title=escape(f"{summary.get('algorithm', 'Run')}, {summary.get('rounds', '?')} rounds"),
         title_justify="left",
         caption="accuracy ± standard error; Δ loss in nats",
         caption_justify="left",
@@ -64,7 +65,7 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for name, score in general.get("base", {}).items():
         final = general["final"][name]
         change = f"{final['score'] - score['score']:+.3f}"
-        yield name, _score(score), _score(final), change, _share(kept.get(name)), _signed(losses.get(name))
+        yield escape(name), _score(score), _score(final), change, _share(kept.get(name)), _signed(losses.get(name))
     if kept:
         yield "general, mean", "", "", "", _share(kept[RESERVED_NAME]), _signed(losses.get(RESERVED_NAME))
 
@@ -101,4 +102,6 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
         lines.append(f"ended     {summary['stop_reason']}")
     if summary.get("kept_round") is not None:
         lines.append(f"kept      the model after round {summary['kept_round']}")
+    if summary.get("kept_note"):
+        lines.append(f"note      {summary['kept_note']}")
     return [*lines, f"model     {folder / 'model'}", f"pictures  {folder / 'plots'}"]

@@ -1,20 +1,16 @@
 """Finding the list of transformer blocks in a model, and rearranging it with all that counts blocks."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fedbe.errors import ExpansionError
-
-_DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "layer_num", "block_idx")
-# Lists with one entry per block have "layer" in their name and the depth as their length, but for these names.
-_PER_BLOCK_LISTS = frozenset({"kv_sharing_modes", "activation_sparsity_pattern", "swiglu_limits"})
-# Lists that hold the indices of some blocks.
-_BLOCK_INDEX_LISTS = frozenset({"mlp_only_layers"})
+from fedbe.modeling.families import DEPTH_NAMES, INDEX_NAMES, Family, family_named, stated_depth
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,15 @@ class BlockStack:
         """The number of blocks."""
         return len(self.blocks)
 
+    @property
+    def family(self) -> Family:
+        """What is known of the model's family."""
+        return family_named(self.model_type)
+
     def configs(self) -> list[PreTrainedConfig]:
         """Return every configuration object that states this stack's depth, each once."""
-        return [config for config in all_configs(self.model) if _states_depth(config, self)]
+        stating = [config for config in all_configs(self.model) if config.model_type == self.model_type]
+        return [config for config in stating if stated_depth(config) == self.depth]
 
 
 def all_configs(model: nn.Module) -> list[PreTrainedConfig]:
@@ -67,7 +69,7 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
     """
     config = model.config.get_text_config()
     _refuse_unsupported(model, config)
-    depth = _stated_depth(config)
+    depth = stated_depth(config)
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     fitting = [(path, blocks) for path, blocks in lists if len(blocks) == depth and _alike(blocks)]
     if not fitting:
@@ -83,6 +85,14 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
     return BlockStack(model, path, str(config.model_type))
 
 
+def innermost(model: PreTrainedModel, path: str) -> nn.Module:
+    """Return the model that holds the blocks: the innermost one around them that is called with a batch's inputs."""
+    parents = path.split(".")
+    around = [model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents))]
+    inputs = {"input_ids", "pixel_values"}
+    return [module for module in around if inputs & inspect.signature(module.forward).parameters.keys()][-1]
+
+
 def arrange(
     stack: BlockStack, blocks: Sequence[nn.Module], origins: Sequence[int], labels: Sequence[int] | None = None
 ) -> None:
@@ -94,12 +104,15 @@ def arrange(
         origins: For each new block the present index whose entry in the per-block lists it takes.
         labels: The index that each block's modules carry at present; ``origins`` if left out.
     """
-    depth = stack.depth
-    holders: list[object] = [*stack.configs(), *_ancestors(stack)]
+    family, depth, configs = stack.family, stack.depth, stack.configs()
+    holders: list[object] = [*configs, *_ancestors(stack)]
     for holder in holders:
-        _reindex(holder, depth, origins)
+        _reindex(holder, family, depth, origins)
+    if family.settle is not None:
+        for config in configs:
+            family.settle(config)
     for index, (block, label) in enumerate(zip(blocks, origins if labels is None else labels, strict=True)):
-        _shift_indices(block, index - label)
+        _shift_indices(block, family, index - label)
     present = stack.blocks
     del present[:]
     present.extend(blocks)
@@ -113,15 +126,6 @@ def _refuse_unsupported(model: PreTrainedModel, config: PreTrainedConfig) -> Non
         raise ExpansionError(f"{name} has cross-attention, which is not covered: set add_cross_attention=False.")
     if getattr(config, "is_heterogeneous", False):
         raise ExpansionError(f"{name} has a configuration per block (`per_layer_config`): not supported.")
-
-
-def _stated_depth(config: PreTrainedConfig) -> int | None:
-    values = (getattr(config, name, None) for name in _DEPTH_NAMES)
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def _states_depth(config: PreTrainedConfig, stack: BlockStack) -> bool:
-    return config.model_type == stack.model_type and _stated_depth(config) == stack.depth
 
 
 def _alike(blocks: nn.ModuleList) -> bool:
@@ -148,30 +152,39 @@ def _ancestors(stack: BlockStack) -> list[nn.Module]:
     return [stack.model.get_submodule(parent) for parent in _parents(stack.path)]
 
 
-def _reindex(holder: object, depth: int, origins: Sequence[int]) -> None:
+def _reindex(holder: object, family: Family, depth: int, origins: Sequence[int]) -> None:
     """Rebuild the depth and the per-block lists among the attributes of a configuration or a module."""
     for name, value in list(vars(holder).items()):
-        if name in _DEPTH_NAMES and value == depth:
+        if name in (*DEPTH_NAMES, *family.depth_names) and value == depth:
             setattr(holder, name, len(origins))
-        elif name in _BLOCK_INDEX_LISTS and isinstance(value, (list, tuple)):
+        elif name in family.block_index_lists and isinstance(value, (list, tuple)):
             setattr(holder, name, [new for new, old in enumerate(origins) if old in value])
-        elif _is_per_block(name, value, depth):
+        elif ("layer" in name or name in family.per_block_lists) and _has_entries(value, depth):
             setattr(holder, name, type(value)(value[old] for old in origins))
-    if isinstance(holder, PreTrainedConfig) and hasattr(holder, "attention_types"):
-        # GPT-Neo builds its list of attention kinds from this compressed form when a checkpoint is loaded.
-        holder.attention_types = [[list(holder.attention_layers), 1]]
 
 
-def _is_per_block(name: str, value: object, depth: int) -> bool:
-    named = "layer" in name or name in _PER_BLOCK_LISTS
-    return named and isinstance(value, (list, tuple)) and len(value) == depth
+def _has_entries(value: object, depth: int) -> TypeGuard[list[object] | tuple[object, ...]]:
+    return isinstance(value, (list, tuple)) and len(value) == depth
 
 
-def _shift_indices(block: nn.Module, offset: int) -> None:
+def _shift_indices(block: nn.Module, family: Family, offset: int) -> None:
     for module in block.modules():
-        for name in _INDEX_NAMES:
+        for name in (*INDEX_NAMES, *family.index_names):
             if isinstance(index := vars(module).get(name), int):
                 setattr(module, name, index + offset)
+
+
+def training_units(model: PreTrainedModel) -> list[list[nn.Module]]:
+    """Return the groups of modules that train together: each block, and a task head with its dropout."""
+    blocks = [[block] for block in find_blocks(model).blocks]
+    head = [child for child in model.children() if child is not model.base_model]
+    return [*blocks, head] if has_task_head(model) else blocks
+
+
+def has_task_head(model: PreTrainedModel) -> bool:
+    """Whether a model has a head for a task around its base model; a language-model head is none."""
+    language_model_head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return model.base_model is not model and language_model_head is None
 
 
 def expressed_by_config(model: PreTrainedModel, stack: BlockStack) -> str | None:

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from fedbe.assets import micro_path
-from fedbe.errors import ConfigError, Problem
-from fedbe.expansion import enable_gradient_checkpointing
+from fedbe.errors import ConfigError, Facts, Problem
+from fedbe.modeling.checkpointing import enable_gradient_checkpointing
+from fedbe.modeling.families import stated_depth
 
 MICRO = "fedbe:micro"
 PACKAGE = "package:"
@@ -86,10 +87,10 @@ class BaseModel:
 
     @property
     def depth(self) -> int:
-        """Number of blocks of the base model."""
-        return int(self.config.get_text_config().num_hidden_layers)
+        """Number of blocks of the base model; 0 where its configuration does not say."""
+        return stated_depth(self.config) or 0
 
-    def check(self) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in this section."""
         try:
             kind = type(self.config)
@@ -99,7 +100,7 @@ class BaseModel:
             fitting = [task for task, auto in _AUTO_CLASSES.items() if kind in auto._model_mapping]
             able = ", ".join(fitting) or "none of the tasks there are"
             remedy = f"a {self.config.model_type} model can do: {able}"
-            return [Problem("model.task", self.task, remedy)]
+            return [Problem(f"{key}.task", self.task, remedy)]
         return []
 
     @cached_property
@@ -149,6 +150,44 @@ class BaseModel:
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         return model
+
+
+class GivenModel(BaseModel):
+    """A model that is loaded already, with its tokenizer or image processor; a run trains it in place.
+
+    Args:
+        model: With a head for the task.
+        processor: Its tokenizer or image processor; ``None`` if the data needs none.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
+        kind, mappings = type(model.config), {task: auto._model_mapping for task, auto in _AUTO_CLASSES.items()}
+        heads = {task: mapping[kind] for task, mapping in mappings.items() if kind in mapping}
+        task: Any = next((task for task, head in heads.items() if isinstance(model, head)), None)
+        dtype: Any = str(model.dtype).removeprefix("torch.")
+        super().__init__(model.name_or_path or type(model).__name__, task, dtype)
+        self.model, self.config, self.processor = model, model.config, processor
+
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return a problem for a model of no task that there is."""
+        if self.task is not None:
+            return []
+        remedy = f"is of none of the tasks there are: {', '.join(_AUTO_CLASSES)}"
+        return [Problem(f"{key}.name", type(self.model).__name__, remedy)]
+
+    def load(self, num_labels: int | None = None, pad_token_id: int | None = None) -> PreTrainedModel:
+        """Return the model itself, in evaluation mode and frozen.
+
+        Raises:
+            ConfigError: Its head is for another number of classes.
+        """
+        if num_labels is not None and num_labels != self.config.num_labels:
+            classes = self.config.num_labels
+            remedy = f"has a head for {classes} classes, and the data has {num_labels}: load it for as many"
+            raise ConfigError(Problem("model.name", self.name, remedy))
+        self.model.requires_grad_(False)
+        self.model.train(False)
+        return self.model
 
 
 def packaged_path(name: str) -> Path:

@@ -1,5 +1,6 @@
 """Gradient checkpointing that does not depend on the training mode of a block."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 
 from fedbe.modeling.architecture import find_blocks
+from fedbe.modeling.passes import Pass, Replacement, replace, replacements
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -26,35 +28,45 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     if getattr(model, "_require_grads_hooks", None):
         model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     for block in find_blocks(model).blocks:
-        block.forward = CheckpointedForward(block)
+        if not _checkpointing(block):
+            replace(block, CheckpointedForward(block))
 
 
-def hf_checkpointing_enabled(model: nn.Module) -> bool:
-    """Return whether ``transformers``' own gradient checkpointing is on."""
-    # An attribute that a module lacks takes long to miss, and this is asked before each client trains.
-    return any(vars(module).get("gradient_checkpointing", False) for module in model.modules())
+def disable_gradient_checkpointing(model: nn.Module) -> None:
+    """Keep the blocks' activations again, those of blocks copied in the meantime too."""
+    for module in model.modules():
+        for replacement in _checkpointing(module):
+            replacement.remove()
+
+
+def checkpoints_gradients(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of these modules checkpoints: by `enable_gradient_checkpointing` or by ``transformers`` itself."""
+    return any(_checkpointing(m) or vars(m).get("gradient_checkpointing", False) for m in modules)
+
+
+def _checkpointing(module: nn.Module) -> list[Replacement]:
+    return [found for found in replacements(module) if isinstance(found.function, CheckpointedForward)]
 
 
 class CheckpointedForward:
     """The forward pass of one block under checkpointing; an object, so that a copied block gets its own.
 
     Args:
-        block: The block whose class defines the forward pass.
+        block: The block.
     """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, own: Pass, *args: object, **kwargs: object) -> object:
         """Run the block, checkpointed if a gradient will pass through it."""
-        forward = type(self.block).forward
         if not self._needs_gradient((*args, *kwargs.values())):
-            return forward(self.block, *args, **kwargs)
+            return own(*args, **kwargs)
         args = tuple(_without_cache(value) for value in args)
         kwargs = {name: _without_cache(value) for name, value in kwargs.items()}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
-        return checkpoint(partial(forward, self.block, **kwargs), *args, use_reentrant=False)
+        return checkpoint(partial(own, **kwargs), *args, use_reentrant=False)
 
     def _needs_gradient(self, values: tuple[object, ...]) -> bool:
         if not torch.is_grad_enabled():

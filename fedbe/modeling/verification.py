@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from fedbe.data import Batch
 from fedbe.errors import ExpansionError
-from fedbe.modeling.passes import evaluating
+from fedbe.modeling.passes import evaluation_mode
 from fedbe.seeding import generator
 
-Batch = dict[str, Tensor]
 _NOT_COMPARED = frozenset({"past_key_values", "hidden_states", "attentions"})
 _LENGTH = 12
 
@@ -42,7 +42,8 @@ def probe_inputs(model: PreTrainedModel) -> list[Batch]:
 
 def observe(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return every output tensor of a model in evaluation mode, a step that reads the cache included."""
-    with evaluating(model), torch.no_grad():
+    # Not in inference mode: what a model computes once and keeps, such as a rotary table, is used in training too.
+    with evaluation_mode(model, inference=False), torch.no_grad():
         return [tensor for batch in batches for tensor in _outputs(model, on_device(model, batch))]
 
 

@@ -1,19 +1,20 @@
 """The anchor: while clients learn their task, the model's behaviour on general text is held to the base model's."""
 
-from collections.abc import Callable, Iterable, Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.corpora import Corpus
 from fedbe.data import Batch
-from fedbe.errors import ConfigError, Problem, check_at_least
-from fedbe.messages import ClientTask, Update
+from fedbe.errors import ConfigError, Facts, Problem, check_at_least, under
+from fedbe.messages import FitTask, Update
 from fedbe.modeling.base_model import forward_options
 from fedbe.modeling.passes import evaluation_mode
-from fedbe.objectives.base import KEY, LocalObjective, Objective, Plain
+from fedbe.objectives.base import LocalObjective, Objective, Plain
 from fedbe.seeding import generator
 from fedbe.text.reference import batches_of, corpus_text, own_text, predicts_tokens
 
@@ -57,19 +58,17 @@ class Anchor(Objective):
         self.weight, self.share, self.temperature, self.top = weight, share, temperature, top
         self.sequences, self.sequence_length, self.corpus = sequences, sequence_length, corpus
         self.objective = objective or Plain()
-        self.needs_global_model = self.objective.needs_global_model
-        self.needs_lasting_tensors = self.objective.needs_lasting_tensors
+        self.needs, self.offers = Objective.needs | self.objective.needs, self.objective.offers
         self.extra_samples = share + self.objective.extra_samples
 
-    def check(self, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the numbers, the corpus or the other objective."""
-        key = f"{KEY}.init_args"
         problems = check_at_least(key, 1, sequences=self.sequences, top=self.top)
         problems += check_at_least(key, 2, sequence_length=self.sequence_length)
         positive = {"weight": self.weight, "share": self.share, "temperature": self.temperature}
         problems += [Problem(f"{key}.{name}", v, "give a number above 0") for name, v in positive.items() if not v > 0]
-        problems += self.corpus.check(f"{key}.corpus") if self.corpus else []
-        return problems + self.objective.check(optimizer)
+        problems += self.corpus.check(f"{key}.corpus.init_args", facts) if self.corpus else []
+        return problems + self.objective.check(f"{key}.objective.init_args", facts)
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:
         """Make the text, and note the base model's outputs on it.
@@ -77,7 +76,8 @@ class Anchor(Objective):
         Raises:
             ConfigError: The model cannot write, takes no such text, or its outputs are too large to keep.
         """
-        self.objective.prepare(model, tokenizer, seed)
+        with under("objective.init_args"):
+            self.objective.prepare(model, tokenizer, seed)
         self._seed = seed
         self._distance = Predictions(self.temperature, self.top) if predicts_tokens(model) else HiddenStates()
         self._text = self._make_text(model, tokenizer)
@@ -96,9 +96,13 @@ class Anchor(Objective):
         """Return what the other objective sends."""
         return self.objective.send(trainable_names)
 
-    def local(self, model: nn.Module, task: ClientTask) -> LocalObjective:
+    def local(self, model: nn.Module, task: FitTask, kept: Mapping[str, Tensor]) -> LocalObjective:
         """Return the client's run, with its own choice of sequences."""
-        return _Anchored(self, model, task)
+        return _Anchored(self, model, task, kept)
+
+    def check_update(self, update: Update) -> None:
+        """Have the other objective look at it."""
+        self.objective.check_update(update)
 
     def receive(self, update: Update) -> None:
         """Hand it to the other objective."""
@@ -128,7 +132,7 @@ class Anchor(Objective):
         return self._distance(self._distance.outputs(model, text), target, text["attention_mask"])
 
     def _make_text(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Batch:
-        key, count, length = f"{KEY}.init_args.corpus", self.sequences, self.sequence_length
+        key, count, length = "corpus", self.sequences, self.sequence_length
         if self.corpus is not None:
             return corpus_text(model, tokenizer, self.corpus, count, length, key)
         tokens = own_text(model, tokenizer, count, length, generator(self._seed, "anchor text"), key)
@@ -139,7 +143,7 @@ class Anchor(Objective):
         size = tokens * self._distance.bytes_per_token(config.vocab_size, config.hidden_size)
         if size > CACHE_LIMIT:
             remedy = f"the base's outputs would take {size / 2**30:.1f} GiB: set `top: 64`, or fewer sequences"
-            raise ConfigError(Problem(f"{KEY}.init_args.sequences", self.sequences, remedy))
+            raise ConfigError(Problem("sequences", self.sequences, remedy))
 
 
 class Predictions:
@@ -202,9 +206,9 @@ class HiddenStates:
 
 
 class _Anchored(LocalObjective):
-    def __init__(self, anchor: Anchor, model: nn.Module, task: ClientTask) -> None:
+    def __init__(self, anchor: Anchor, model: nn.Module, task: FitTask, kept: Mapping[str, Tensor]) -> None:
         self._anchor, self._model = anchor, model
-        self._inner = anchor.objective.local(model, task)
+        self._inner = anchor.objective.local(model, task, kept)
         self._generator = generator(anchor._seed, "anchor", *task.purpose)
 
     def loss(self, loss: Tensor, batch: Batch) -> Tensor:

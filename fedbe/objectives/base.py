@@ -1,16 +1,16 @@
 """The protocol of a local objective: on the server over all rounds, and at a client during its run."""
 
-from collections.abc import Callable, Iterable, Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedbe.data import Batch
-from fedbe.errors import Problem
-from fedbe.messages import ClientTask, Update
-
-KEY = "client.objective"
+from fedbe.errors import Facts, Problem
+from fedbe.messages import FitTask, Update
+from fedbe.traits import Part, Trait, Traits
 
 
 class LocalObjective:
@@ -28,30 +28,29 @@ class LocalObjective:
         return {}, {}
 
 
-class Objective:
-    """Base class: an objective over all rounds, on the server's side; the default is the model's own loss.
+class Objective(Part):
+    """Base class: an objective over all rounds, on the server and at clients; the default is the model's own loss.
 
-    Subclass it in a file of your own and name it by ``class_path`` under ``client.objective``.
+    Subclass it in a file of your own and name it by ``class_path`` under ``client.objective``. On a machine of its own
+    a client has an object of its own, which `prepare` and `local` are called on; the server has another.
 
     Attributes:
-        needs_global_model: Whether it makes no sense where clients do not share one global model.
-        needs_lasting_tensors: Whether it makes no sense where the trained tensors start anew in each round.
+        needs: By default local steps that belong to one client, as what acts on a client's loss or gradients does.
         extra_samples: Samples that a step computes on for each sample of its batch, besides that one.
     """
 
-    needs_global_model: bool = False
-    needs_lasting_tensors: bool = False
+    needs: Traits = frozenset({Trait.SINGLE_CLIENT_STEPS})
     extra_samples: float = 0.0
 
-    def check(self, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> list[Problem]:
-        """Return the mistakes in this configuration, given the clients' optimizer; found before work starts."""
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this configuration, found before work starts; see `Facts`."""
         return []
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> None:
-        """Look at the base model, once, before it is changed; called before `setup`.
+        """Look at the base model, once, before it is changed.
 
         Raises:
-            ConfigError: It does not fit this model.
+            ConfigError: It does not fit this model; keys are those of this objective's arguments.
         """
 
     def setup(self, state: Mapping[str, Tensor], clients: int) -> None:
@@ -66,18 +65,25 @@ class Objective:
         """Return what a client that trains these parameters downloads besides."""
         return {}
 
-    def local(self, model: nn.Module, task: ClientTask) -> LocalObjective:
+    def local(self, model: nn.Module, task: FitTask, kept: Mapping[str, Tensor]) -> LocalObjective:
         """Return the objective of one client's run; called where the client is, before its first step.
 
         Args:
             model: The resident model with the client's tensors in it.
-            task: The client's; ``extra`` is what `send` returned, ``objective_kept`` what its last run's
-                `LocalObjective.finish` kept, which is nothing at first.
+            task: The client's; ``extra`` is what `send` returned.
+            kept: What `LocalObjective.finish` kept in the round that the client goes on from; nothing at first.
         """
         return LocalObjective()
 
+    def check_update(self, update: Update) -> None:
+        """Refuse an update whose ``extra`` `receive` could not use; nothing of it is taken in.
+
+        Raises:
+            UpdateError: It cannot be used; the message names the client and the tensor.
+        """
+
     def receive(self, update: Update) -> None:
-        """Take in what a client sent besides (`Update.extra`); called in the order of the cohort."""
+        """Take in what a client sent besides (`Update.extra`), let pass by `check_update`; in the cohort's order."""
 
     def step(self) -> None:
         """End a round on the server; until then `send` returns what it returned when the round began."""
@@ -100,3 +106,5 @@ class Objective:
 
 class Plain(Objective):
     """The model's own loss, and nothing else."""
+
+    needs: Traits = frozenset()

@@ -1,15 +1,18 @@
 """SCAFFOLD: control variates against client drift."""
 
-from collections.abc import Callable, Iterable, Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
-from fedbe.errors import Problem, UpdateError
-from fedbe.messages import ClientTask, Update
-from fedbe.modeling.tensors import copy_tensors
+from fedbe.errors import Facts, Problem, UpdateError
+from fedbe.messages import FitTask, Update
+from fedbe.modeling.tensors import copy_tensors, parameters_of
 from fedbe.objectives.base import LocalObjective, Objective
+from fedbe.traits import Trait, Traits
 
 
 class Scaffold(Objective):
@@ -25,26 +28,27 @@ class Scaffold(Objective):
     is weighted by samples. The sum of rates in place of Sη is ours.
     """
 
-    needs_global_model = True
-    needs_lasting_tensors = True
+    needs: Traits = Objective.needs | {Trait.GLOBAL_MODEL, Trait.LASTING_TENSORS, Trait.SERVER_SEES_REPORTS}
 
     def __init__(self) -> None:
         self.clients = 0
         self.control: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
 
-    def check(self, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem unless the clients' optimizer is SGD without momentum or weight decay."""
-        key = "client.optimizer"
+        if facts.optimizer is None:
+            return []
+        place = "client.optimizer"
         try:
-            built = optimizer([nn.Parameter(torch.zeros(1))])
+            built = facts.optimizer([nn.Parameter(torch.zeros(1))])
         except (TypeError, ValueError) as error:
-            return [Problem(key, optimizer, f"cannot be built: {error}")]
+            return [Problem(place, facts.optimizer, f"cannot be built: {error}")]
         settings = built.defaults
         if isinstance(built, SGD) and not settings["momentum"] and not settings["weight_decay"]:
             return []
         remedy = "SCAFFOLD's rule holds for plain SGD only: give torch.optim.SGD without momentum and weight decay"
-        return [Problem(key, f"{type(built).__module__.split('.')[0]}.{type(built).__name__}", remedy)]
+        return [Problem(place, f"{type(built).__module__.split('.')[0]}.{type(built).__name__}", remedy)]
 
     def setup(self, state: Mapping[str, Tensor], clients: int) -> None:
         """Start with c = 0."""
@@ -55,24 +59,29 @@ class Scaffold(Objective):
         """Return c of these parameters."""
         return {name: self.control[name] for name in trainable_names}
 
-    def local(self, model: nn.Module, task: ClientTask) -> LocalObjective:
+    def local(self, model: nn.Module, task: FitTask, kept: Mapping[str, Tensor]) -> LocalObjective:
         """Return the client's run with its c_k, which is 0 the first time."""
-        kept, server = task.objective_kept, task.extra
+        server = task.extra
         own = {name: kept[name] if name in kept else torch.zeros_like(c) for name, c in server.items()}
         return _Controlled(model, server, own, kept)
 
-    def receive(self, update: Update) -> None:
-        """Add c_k⁺ − c_k to this round's sum.
+    def check_update(self, update: Update) -> None:
+        """Refuse a change of a control variate that is not finite, of another shape, or of no tensor of this run.
 
         Raises:
-            UpdateError: A control variate is not finite, or of no tensor of this run.
+            UpdateError: There is one.
         """
         for name, change in update.extra.items():
-            if name not in self.control or not torch.isfinite(change).all():
+            known = self.control.get(name)
+            if known is None or known.shape != change.shape or not torch.isfinite(change).all():
                 raise UpdateError(
                     f"client {update.client_id!r} sent a control variate for {name!r} that is not finite "
                     "or of no trained tensor of this run: lower the learning rate or clip gradients"
                 )
+
+    def receive(self, update: Update) -> None:
+        """Add c_k⁺ − c_k to this round's sum."""
+        for name, change in update.extra.items():
             self._pending[name] = self._pending[name] + change if name in self._pending else change
 
     def step(self) -> None:
@@ -101,7 +110,7 @@ class _Controlled(LocalObjective):
     def __init__(
         self, model: nn.Module, server: Mapping[str, Tensor], own: Mapping[str, Tensor], kept: Mapping[str, Tensor]
     ) -> None:
-        self.parameters = {name: model.get_parameter(name) for name in server}
+        self.parameters = parameters_of(model, server)
         self.start = copy_tensors(model, server)
         self.server, self.own, self.kept = server, own, kept
         # c − c_k as one tensor: where both are equal the gradient stays what it is, to the bit.

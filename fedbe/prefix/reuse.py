@@ -1,22 +1,24 @@
-"""Shared prefix: what the frozen blocks below all that is trained make of a sequence is computed once for a run."""
+"""Shared prefix: what the frozen blocks below every trained one make of a sequence is computed once for a run."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedbe.data.batch import pad
 from fedbe.errors import ConfigError, ExpansionError, Problem
-from fedbe.expansion import head_parameter_names, stack_parameter_names
 from fedbe.expansion.gate import find_gate, gate_parameter_names
-from fedbe.modeling.architecture import find_blocks
+from fedbe.modeling.architecture import find_blocks, innermost
 from fedbe.modeling.base_model import forward_options
-from fedbe.modeling.passes import evaluation_mode
+from fedbe.modeling.freezing import head_parameter_names, stack_parameter_names
+from fedbe.modeling.passes import Pass, evaluation_mode, replace, replaced, stop_at
 from fedbe.prefix.store import KEY, Store
 from fedbe.storage.checkpoint import raw
 
@@ -29,23 +31,23 @@ _TOLERANCE = 1e-3
 class Prefix:
     """Takes the lowest blocks of a model out of its forward passes, wherever their outputs are known.
 
+    Any forward pass of whole sequences takes part, as long as these blocks are the model's lowest: one in which they
+    are not, while blocks are tried or after growth, computes everything.
+
     Args:
-        model: The resident model; any forward pass of whole sequences takes part.
+        model: The resident model.
         blocks: How many of its lowest blocks.
         store: Where outputs are kept.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: int, store: Store) -> None:
         self.model, self.store = model, store
-        stack = find_blocks(model)
-        self.blocks: list[nn.Module] = list(stack.blocks)[:blocks]
+        self._stack = find_blocks(model)
+        self.blocks: list[nn.Module] = list(self._stack.blocks)[:blocks]
+        self._base = innermost(model, self._stack.path)
+        self._signature = inspect.signature(self._base.forward)
         self._in_tuple = False
-        self._filling = False
-        base = innermost(model, stack.path)
-        self._hooks = [
-            base.register_forward_pre_hook(self._before, with_kwargs=True),
-            base.register_forward_hook(self._after, always_call=True),
-        ]
+        self._replacement = replace(self._base, self._forward)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -54,69 +56,58 @@ class Prefix:
         share = self.store.hits / total if total else 0.0
         return {"blocks": len(self.blocks), "sequences": total, "known": share, "bytes": self.store.used}
 
+    def state_dict(self) -> dict[str, int]:
+        """Return what the figures go on from when a run is continued; outputs are computed again."""
+        return self.store.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a `state_dict`."""
+        self.store.load_state_dict(state)
+
     def remove(self) -> None:
         """Let the model compute everything again."""
-        self._after()
-        for hook in self._hooks:
-            hook.remove()
+        self._replacement.remove()
 
-    def _before(self, base: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if self._filling or any(block.training for block in self.blocks):
-            return
-        options = named(base, arguments, options)
-        if not usable(base, options):
-            return
-        rows = list(rows_of(options))
+    def _forward(self, own: Pass, *arguments: Any, **options: Any) -> Any:
+        """Run the innermost model, without the lowest blocks if it can be."""
+        given = self._usable(arguments, options)
+        if given is None:
+            return own(*arguments, **options)
+        rows = list(rows_of(given))
         keys = [key_of(row) for row in rows]
         known = [self.store.get(key) for key in keys]
         states = [
-            self._compute(base, row, options, key) if state is None else state
+            self._compute(own, row, given, key) if state is None else state
             for row, key, state in zip(rows, keys, known, strict=True)
         ]
-        self._install(padded(states, options))
+        batch = padded(states, given)
+        output = (batch,) if self._in_tuple else batch
+        with ExitStack() as left_out:
+            for block in self.blocks:
+                left_out.enter_context(replaced(block, lambda *_, **__: output, innermost=True))
+            return own(*arguments, **options)
 
-    def _compute(self, base: nn.Module, row: Mapping[str, Tensor], options: Mapping[str, Any], key: bytes) -> Tensor:
+    def _usable(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return all arguments of a call by name, or None if it has to compute everything."""
+        if any(block.training for block in self.blocks):
+            return None
+        lowest = zip(self._stack.blocks, self.blocks, strict=False)
+        if not all(present is block for present, block in lowest):
+            return None
+        given = named(self._signature, arguments, options)
+        return given if usable(self._base, given) else None
+
+    def _compute(self, own: Pass, row: Mapping[str, Tensor], given: Mapping[str, Any], key: bytes) -> Tensor:
         """Return the outputs of one sequence, and keep them if there is room."""
-        kept: list[Tensor] = []
-
-        def stop(block: nn.Module, inputs: object, output: Any) -> None:
-            self._in_tuple = isinstance(output, tuple)
-            kept.append(output[0] if self._in_tuple else output)
-            raise _Done
-
-        hook = self.blocks[-1].register_forward_hook(stop)
-        self._filling = True
-        alone = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
-        try:
-            # Not in inference mode, whose tensors could not be used in training.
-            with torch.inference_mode(False), torch.no_grad():
-                base(**{name: tensor.clone() for name, tensor in row.items()}, **alone)
-        except _Done:
-            pass
-        finally:
-            self._filling = False
-            hook.remove()
-        state = kept[0][0]
+        alone = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+        # Not in inference mode, whose tensors could not be used in training. Whoever else ends this pass at the same
+        # block wants the batch and not one sequence of it, so that this stands below.
+        with torch.inference_mode(False), torch.no_grad(), stop_at(self.blocks[-1], innermost=True) as stopped:
+            own(**{name: tensor.clone() for name, tensor in row.items()}, **alone)
+        self._in_tuple = isinstance(stopped.output, tuple)
+        state: Tensor = (stopped.output[0] if self._in_tuple else stopped.output)[0]
         self.store.put(key, state)
         return state
-
-    def _install(self, states: Tensor) -> None:
-        output = (states,) if self._in_tuple else states
-        for block in self.blocks:
-            block.forward = _constant(output)
-
-    def _after(self, *_: object) -> None:
-        if not self._filling:
-            for block in self.blocks:
-                block.__dict__.pop("forward", None)
-
-
-class _Done(Exception):
-    """Ends a forward pass of which the rest is not needed."""
-
-
-def _constant(output: object) -> Callable[..., object]:
-    return lambda *arguments, **options: output
 
 
 def frozen_blocks(model: PreTrainedModel, changing: Collection[str]) -> int:
@@ -174,19 +165,11 @@ def reuse_prefix(
     return prefix
 
 
-def innermost(model: PreTrainedModel, path: str) -> nn.Module:
-    """Return the model that holds the blocks: the innermost one around them that is called with a batch's inputs."""
-    parents = path.split(".")
-    around = [model.get_submodule(".".join(parents[:depth])) for depth in range(len(parents))]
-    inputs = {"input_ids", "pixel_values"}
-    return [module for module in around if inputs & inspect.signature(module.forward).parameters.keys()][-1]
-
-
-def named(base: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+def named(signature: inspect.Signature, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return all arguments of a call by name."""
     if not arguments:
         return dict(options)
-    bound = inspect.signature(base.forward).bind(*arguments, **options).arguments
+    bound = signature.bind(*arguments, **options).arguments
     more = bound.pop("kwargs", {})
     return {**bound, **more}
 
@@ -235,15 +218,11 @@ def key_of(row: Mapping[str, Tensor]) -> bytes:
     return digest.digest()
 
 
-def padded(states: Sequence[Tensor], options: Mapping[str, Any]) -> Tensor:
-    """Return the sequences' outputs as a batch as long as its inputs. Shape ``[b, s, h]``."""
-    tokens = options.get("input_ids")
-    device = next(value.device for value in options.values() if isinstance(value, Tensor))
-    length = max(len(state) for state in states) if tokens is None else tokens.shape[1]
-    batch = states[0].new_zeros(len(states), length, states[0].shape[-1], device=device)
-    for row, state in enumerate(states):
-        batch[row, : len(state)] = state.to(device)
-    return batch
+def padded(states: Sequence[Tensor], given: Mapping[str, Any]) -> Tensor:
+    """Return the sequences' outputs as a batch as long as its inputs, where these are. Shape ``[b, s, h]``."""
+    tokens = given.get("input_ids")
+    device = next(value.device for value in given.values() if isinstance(value, Tensor))
+    return pad([state.to(device) for state in states], length=None if tokens is None else tokens.shape[1])
 
 
 def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import mmap
+import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fedbe.errors import Problem
+from fedbe.errors import ConfigError, Facts, Problem
+
+_log = logging.getLogger(__name__)
 
 KEY = "prefix"
 
-
 _ALIGNMENT = 16
+_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
 class PrefixReuse:
-    """Keep the outputs of the frozen blocks below all that is trained, sequence by sequence.
+    """Keep the outputs of the frozen blocks below every trained one, sequence by sequence.
 
     Training, validation and general tasks alike take a sequence's outputs from there from the second time on. Each
     sequence is computed alone, so that the result does not depend on what else was in its batch: to the bit the same
@@ -28,8 +34,9 @@ class PrefixReuse:
     (frozen blocks drop nothing) or trained.
 
     Attributes:
-        gib: Most that is kept, in GiB; what comes after is computed anew each time.
-        on_disk: Whether it is kept in a temporary file, mapped into memory, instead of in memory.
+        gib: Most that is kept, in GiB; what comes after is computed each time.
+        on_disk: Whether it is kept in a temporary file, mapped into memory, instead of in memory. It takes up space
+            only as it fills; when the disk is full, no more is kept.
         folder: Where the file lies; ``null`` for the system's folder of temporary files.
 
     Source: ours.
@@ -39,7 +46,7 @@ class PrefixReuse:
     on_disk: bool = False
     folder: Path | None = None
 
-    def check(self, key: str = KEY) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return what is wrong with the size or the folder."""
         problems = [] if self.gib > 0 else [Problem(f"{key}.gib", self.gib, "give a size above 0")]
         if self.folder is not None and not self.folder.is_dir():
@@ -47,9 +54,18 @@ class PrefixReuse:
         return problems
 
     def store(self, parts: int = 1) -> Store:
-        """Return an empty store, for so many processes."""
+        """Return an empty store, for this many processes.
+
+        Raises:
+            ConfigError: There is no room for it.
+        """
         folder = (self.folder or Path(tempfile.gettempdir())) if self.on_disk else None
-        return Store(int(self.gib * 2**30), folder, parts)
+        try:
+            return Store(int(self.gib * 2**30), folder, parts)
+        except OSError as error:
+            place = "in memory" if folder is None else f"in {folder}"
+            remedy = f"there is no room for this {place} ({error.strerror}): give a smaller size, or leave `prefix` out"
+            raise ConfigError(Problem(f"{KEY}.gib", self.gib, remedy)) from error
 
 
 @dataclass
@@ -83,14 +99,15 @@ class Store:
     Attributes:
         hits: How many keys were found.
         misses: How many were not.
+
+    Raises:
+        OSError: There can be no buffer of this size.
     """
 
     def __init__(self, size: int, folder: Path | None = None, parts: int = 1) -> None:
-        if folder is None:
-            self._buffer = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-        else:
-            with tempfile.NamedTemporaryFile(dir=folder, prefix="fedbe-prefix-") as file:
-                self._buffer = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+        self._space = None if folder is None else _Space(size, folder)
+        memory = mmap.mmap(-1, size) if self._space is None else self._space.mapped()
+        self._buffer = torch.frombuffer(memory, dtype=torch.uint8)
         self._places: dict[bytes, tuple[int, torch.Size, torch.dtype]] = {}
         self._starts = [_aligned(part * (size // parts)) for part in range(parts)] + [size]
         self._ends = self._starts[:-1]
@@ -115,9 +132,10 @@ class Store:
         return self._buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
     def put(self, key: bytes, tensor: Tensor) -> bool:
-        """Keep a tensor, if there is room."""
+        """Keep a tensor and return True, or False if there is no room for it: in this part, or on the disk."""
         start, size = self._ends[self._part], tensor.numel() * tensor.element_size()
-        if start + size > self._starts[self._part + 1]:
+        last = self._starts[self._part + 1]
+        if start + size > last or (self._space is not None and not self._space.holds(start, start + size, last)):
             return False
         self._places[key] = (start, tensor.shape, tensor.dtype)
         if self._part:
@@ -125,6 +143,14 @@ class Store:
         self._buffer[start : start + size] = tensor.cpu().contiguous().view(-1).view(torch.uint8)
         self._ends[self._part] = _aligned(start + size)
         return True
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how often keys were found and not found, for a run that is continued with an empty store."""
+        return {"hits": self.hits, "misses": self.misses}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Count on from a `state_dict`."""
+        self.hits, self.misses = state["hits"], state["misses"]
 
     def join(self, part: int) -> None:
         """Fill this part from now on, in a process that was forked; part 0 is for the one they were forked from."""
@@ -143,6 +169,57 @@ class Store:
         for part, end in news.ends.items():
             self._ends[part] = end
         self.hits, self.misses = self.hits + news.hits, self.misses + news.misses
+
+
+class _Space:
+    """A temporary file, without a name, that is allocated as it fills: a write to a full disk would end the process.
+
+    Args:
+        size: Bytes.
+        folder: Where it lies.
+    """
+
+    def __init__(self, size: int, folder: Path) -> None:
+        self._folder, self._size = folder, size
+        self._file = tempfile.TemporaryFile(dir=folder, prefix="fedbe-prefix-")  # noqa: SIM115
+        os.truncate(self._file.fileno(), size)
+        self._allocated = 0
+        self._full = False
+
+    def mapped(self) -> mmap.mmap:
+        """Return the file as memory."""
+        return mmap.mmap(self._file.fileno(), self._size)
+
+    def holds(self, start: int, end: int, last: int) -> bool:
+        """Whether there is room on the disk for the bytes from `start` to `end`, which are filled without gaps.
+
+        Args:
+            start: Where this process goes on.
+            end: Where the next tensor ends.
+            last: Where this process's part ends.
+        """
+        if self._full or end <= self._allocated:
+            return not self._full
+        # Some more at a time, for it is a call to the system each time; where that is not there, what is needed.
+        for stop in (min(last, end + _CHUNK), end):
+            try:
+                _allocate(self._file.fileno(), start, stop - start)
+            except OSError as error:
+                reason = error.strerror
+            else:
+                self._allocated = stop
+                return True
+        self._full = True
+        _log.warning("No more outputs of frozen blocks are kept in %s: %s.", self._folder, reason)
+        return False
+
+
+def _allocate(file: int, start: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, start, size)
+    else:
+        if os.pwrite(file, bytes(size), start) < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _aligned(place: int) -> int:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine_schedule
 
 from fedbe.corpora import SPLITS, Corpus, Described, InstalledDocumentation
-from fedbe.errors import ConfigError, Problem
+from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.seeding import derive_seed, generator, isolated_rng
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -76,7 +76,7 @@ class PretrainConfig:
 
     def check(self) -> list[Problem]:
         """Return every mistake in the settings, the corpus and the output folder."""
-        return [*_setting_problems(self), *self.corpus.check("corpus.init_args"), *_output_problems(self)]
+        return [*_setting_problems(self), *self.corpus.check("corpus.init_args", Facts()), *_output_problems(self)]
 
     @property
     def settings(self) -> dict[str, Any]:

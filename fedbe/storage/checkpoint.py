@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedbe.errors import ConfigError, FedBEError, Problem
-from fedbe.storage.files import replacing
+from fedbe.errors import ConfigError, Problem
+from fedbe.storage.files import explained, replacing
+from fedbe.storage.nested import leaves
 
 LAST = "last"
 """What to give for the newest checkpoint of a run."""
@@ -25,13 +27,21 @@ LAST = "last"
 BEST = "best.safetensors"
 """Name of the file with the tensors of the round that a run keeps, where it is not the last."""
 
-MAY_DIFFER = ("name", "output", "ckpt_path", "logger", "federation.workers")
+FORMAT = 2
+"""Version of what a checkpoint's state holds; one of another version is refused with words."""
+
+MAY_DIFFER = ("name", "output", "ckpt_path", "logger", "engine.init_args.workers")
 """Keys of a configuration, each with all below it, that have no influence on the result beyond rounding."""
+
+INTERCHANGEABLE_ENGINES = ("fedbe.engines.InProcess", "fedbe.engines.Forked")
+"""Engines that come to the same result."""
 
 ROUNDS = "federation.rounds"
 
+SUPERSEDED = ".superseded"
+"""Ending of checkpoints that lie after the one that a run was continued from."""
+
 _NAME = re.compile(r"round_(\d+)\.safetensors")
-_SAMPLED = 1024
 
 
 @dataclass(frozen=True)
@@ -65,17 +75,13 @@ class Checkpoints:
         """Write the checkpoint of a round, and delete those that are too old.
 
         Raises:
-            FedBEError: The disk is full; the checkpoints before this one are intact.
+            StorageError: The disk is full; the checkpoints before this one are intact.
         """
         path = self.folder / f"round_{number:06d}.safetensors"
-        try:
+        before = next(iter(self.newest_first()), None)
+        intact = f"{before} is intact: make room, then continue with --ckpt_path last" if before else ""
+        with explained(f"the checkpoint of round {number}", intact):
             save_tensors(path, tensors, state)
-        except (OSError, SafetensorError) as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            said = "the disk is full" if full or "No space left" in str(error) else str(error)
-            before = next(iter(self.newest_first()), None)
-            intact = f"; {before} is intact: make room, then continue with --ckpt_path last" if before else ""
-            raise FedBEError(f"the checkpoint of round {number} cannot be written, {said}{intact}") from error
         for old in list(self.newest_first())[self.keep :]:
             old.unlink()
         return path
@@ -84,6 +90,31 @@ class Checkpoints:
         """Yield the files, the newest round first."""
         found = {int(match[1]): path for path in self.folder.glob("*") if (match := _NAME.fullmatch(path.name))}
         yield from (found[number] for number in sorted(found, reverse=True))
+
+    def last(self, fits: Callable[[Mapping[str, Any]], bool]) -> Path | None:
+        """Return the checkpoint to continue from, ``None`` where there is none.
+
+        It is the newest one, unless `metrics.jsonl` is not what its run had written: then the run was continued from an
+        older one since, and that one, or what was written after it, is the newest that fits.
+
+        Args:
+            fits: Whether a checkpoint's ``metrics`` are the beginning of the run's `metrics.jsonl`.
+        """
+        newest = next(self.newest_first(), None)
+        for path in self.newest_first():
+            try:
+                state = read_state(path)
+            except (OSError, SafetensorError, ValueError):
+                return path  # damaged: whoever reads it says so, and offers the one before it
+            if fits(state.get("metrics") or {}):
+                return path
+        return newest
+
+    def supersede_after(self, path: Path) -> None:
+        """Set aside what was written after a checkpoint from which the run is continued: it is of another past."""
+        for newer in self.newest_first():
+            if newer.name > path.name:
+                os.replace(newer, newer.with_name(newer.name + SUPERSEDED))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -98,6 +129,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         others = [str(other) for other in Checkpoints(path.parent).newest_first() if other.name < path.name]
         before = f"; the one before it is {others[0]}" if others else ""
         raise ConfigError(Problem("ckpt_path", str(path), f"cannot be used: {error}{before}")) from error
+    if state.get("format") != FORMAT:
+        remedy = f"was written by another version of fedbe (format {state.get('format', 1)}, this one reads {FORMAT})"
+        raise ConfigError(Problem("ckpt_path", str(path), f"{remedy}: continue with that version, or begin a new run"))
     return Checkpoint(path, tensors, state)
 
 
@@ -154,6 +188,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the JSON values that `save_tensors` wrote, without reading the tensors and without the checksum.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+        SafetensorError: It is torn or truncated.
+        ValueError: It is no file of `save_tensors`.
+    """
+    with safe_open(path, framework="pt") as file:
+        state = json.loads((file.metadata() or {}).get("state", "null"))
+    if not isinstance(state, dict):
+        raise ValueError("it is no checkpoint of fedbe")
+    return state
+
+
 def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     """Return a BLAKE2b digest of names, types, shapes and values of CPU tensors, and of a text."""
     digest = hashlib.blake2b(text.encode(), digest_size=16)
@@ -170,31 +219,21 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a digest of a model's tensors: of every name, type and shape, and of up to 1,024 values spread over each.
+    """Return a digest of a model's tensors: of every name, type and shape, and of every value.
 
-    Weights of many gigabytes are told from others in a moment, those that differ in single values are not.
+    The values go through CRC-32 tensor by tensor, at gigabytes a second; it notices any single value that has changed.
     """
-    sampled, shapes = {}, {}
-    for name, tensor in model.state_dict().items():
-        values = tensor.detach().reshape(-1)
-        sampled[name] = values[:: max(1, values.numel() // _SAMPLED)].cpu()
-        shapes[name] = list(tensor.shape)
-    return checksum(sampled, json.dumps(shapes))
+    parts = [
+        (name, str(tensor.dtype), list(tensor.shape), zlib.crc32(raw(tensor)))
+        for name, tensor in sorted(model.state_dict().items())
+    ]
+    return checksum({}, json.dumps(parts))
 
 
 def influential(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a configuration, by dotted key, on which the result depends."""
     without = tuple(f"{key}." for key in MAY_DIFFER)
-    return {key: value for key, value in flat(config) if not f"{key}.".startswith(without)}
-
-
-def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested mappings and lists with their dotted keys."""
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(node, list) and node:
-        for index, value in enumerate(node):
-            yield from flat(value, f"{prefix}[{index}]")
-    else:
-        yield prefix, node
+    values = {key: value for key, value in leaves(dict(config)) if not f"{key}.".startswith(without)}
+    if values.get("engine.class_path") in INTERCHANGEABLE_ENGINES:
+        del values["engine.class_path"]
+    return values

@@ -1,9 +1,17 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Files and folders that are there whole or not at all, whatever happens while they are written."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fedbe.errors import StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -23,6 +31,46 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     if os.name == "posix":
         sync(path.parent)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Give the path of a new folder, which takes the place of `path` if the block ends well; else the old one stays.
+
+    What stands at `path`, an empty folder or an earlier result, is deleted only then.
+    """
+    target = path.absolute()
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.is_symlink():
+        target.unlink()
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+
+
+@contextmanager
+def explained(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn what a full disk or a read-only folder raises inside the block into words.
+
+    Args:
+        what: What is written, for example ``the checkpoint of round 3``.
+        remedy: What is intact and how to go on.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        said = "the disk is full" if full or "No space left" in str(error) else " ".join(str(error).split())
+        raise StorageError(f"{what} cannot be written, {said}{f'; {remedy}' if remedy else ''}") from error
 
 
 def sync(path: Path) -> None:

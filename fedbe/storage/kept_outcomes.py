@@ -1,17 +1,21 @@
 """What clients of the round under way have sent, on disk until the round is done."""
 
+from __future__ import annotations
+
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from fedbe.messages import ClientTask, Failure, Outcome, Update
+from fedbe.errors import MessageError
+from fedbe.messages import Failure, FitTask, Outcome, Update, decode, encode
 from fedbe.seeding import derive_seed
-from fedbe.storage.checkpoint import load_tensors, save_tensors
-
-_PARTS = ("tensors", "kept", "extra", "objective_kept")
+from fedbe.storage.checkpoint import load_tensors, raw, save_tensors
+from fedbe.storage.packed import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -26,41 +30,45 @@ class KeptOutcomes:
     folder: Path
     run: str
 
-    def save(self, task: ClientTask, outcome: Outcome) -> None:
-        """Write what came of a client, whole or not at all."""
-        self.folder.mkdir(exist_ok=True)
-        state = {"task": self._key(task)}
-        if isinstance(outcome, Failure):
-            save_tensors(self._path(task), {}, state | {"failure": outcome.record})
-            return
-        parts = {f"{part}/{name}": t for part in _PARTS for name, t in getattr(outcome, part).items()}
-        update = {"samples": outcome.samples, "metrics": dict(outcome.metrics)}
-        save_tensors(self._path(task), parts, state | {"update": update})
+    def save(self, task: FitTask, outcome: Outcome, kept: Mapping[str, Tensor]) -> None:
+        """Write what came of a client, whole or not at all; what is no message is not kept.
 
-    def load(self, task: ClientTask) -> Outcome | None:
-        """Return what came of a client; ``None`` if it is not known, or the file is torn."""
+        Args:
+            task: What the client was given.
+            outcome: What it sent.
+            kept: What it kept to itself (`Engine.kept`).
+
+        Raises:
+            OSError: It cannot be written; nothing is left of it then.
+        """
         try:
-            tensors, state = load_tensors(self._path(task))
-        except (OSError, SafetensorError, ValueError):
+            parts = {"outcome": _as_tensor(encode(outcome)), "kept": _as_tensor(pack({}, kept))}
+        except MessageError:
+            return
+        self.folder.mkdir(exist_ok=True)
+        save_tensors(self._path(task), parts, {"task": self._key(task)})
+
+    def load(self, task: FitTask) -> tuple[Outcome, dict[str, Tensor]] | None:
+        """Return what came of a client, and what it kept; ``None`` if it is not known, or the file is torn."""
+        try:
+            parts, state = load_tensors(self._path(task))
+            outcome, kept = decode(raw(parts["outcome"])), unpack(raw(parts["kept"]))[1]
+        except (OSError, SafetensorError, ValueError, KeyError, MessageError):
             return None
-        if state["task"] != self._key(task):
+        if state["task"] != self._key(task) or not isinstance(outcome, Update | Failure):
             return None
-        if "failure" in state:
-            failure = state["failure"]
-            return Failure(failure["client"], failure["kind"], failure["reason"])
-        parts: dict[str, Any] = {
-            part: {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
-            for part in _PARTS
-        }
-        known = state["update"]
-        return Update(task.client_id, samples=known["samples"], metrics=known["metrics"], **parts)
+        return outcome, kept
 
     def clear(self) -> None:
         """Forget all of them: the round is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, task: ClientTask) -> Path:
+    def _path(self, task: FitTask) -> Path:
         return self.folder / f"{derive_seed(0, *task.purpose):016x}.safetensors"
 
-    def _key(self, task: ClientTask) -> list[str | int]:
+    def _key(self, task: FitTask) -> list[str | int]:
         return [self.run, *task.purpose]
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fedbe.errors import ConfigError, Problem
-from fedbe.storage.files import replacing
+from fedbe.storage.files import explained, replacing, replacing_folder
 
+_CONTINUE = "the checkpoints are intact: make room, then continue with --ckpt_path last"
 _LOCK = ".lock"
 _LOCK_SECONDS = 10.0
 """How long to wait for a folder's last user: processes of a run that was killed notice that within seconds."""
@@ -105,11 +105,12 @@ class RunFolder:
     @staticmethod
     def latest(parent: Path, name: str) -> Path | None:
         """Return the one of ``parent/name``, ``parent/name-2``, … that was made last; ``None`` if there is none."""
-        free = RunFolder.next_free(parent, name)
-        _, dash, number = free.name.removeprefix(name).rpartition("-")
-        if not dash:
+        path, number = parent / name, 1
+        if not path.exists():
             return None
-        return parent / (name if number == "2" else f"{name}-{int(number) - 1}")
+        while (following := parent / f"{name}-{number + 1}").exists():
+            path, number = following, number + 1
+        return path
 
     @property
     def config(self) -> Path:
@@ -143,14 +144,20 @@ class RunFolder:
 
     @contextmanager
     def new_model(self) -> Iterator[Path]:
-        """Give a new folder, which takes the place of `model` if the block ends well."""
-        partial = self.path / "model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        yield partial
-        shutil.rmtree(self.model, ignore_errors=True)
-        os.replace(partial, self.model)
+        """Give a new folder, which takes the place of `model` if the block ends well.
+
+        Raises:
+            StorageError: It cannot be written; the run can be continued from its last checkpoint.
+        """
+        with explained("the model", _CONTINUE), replacing_folder(self.model) as partial:
+            partial.rmdir()  # whoever writes it makes it
+            yield partial
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary`, whole or not at all."""
-        with replacing(self.summary) as partial:
+        """Write `summary`, whole or not at all.
+
+        Raises:
+            StorageError: It cannot be written; the run can be continued from its last checkpoint.
+        """
+        with explained(self.summary.name, _CONTINUE), replacing(self.summary) as partial:
             partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

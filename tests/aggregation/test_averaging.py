@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fedbe.aggregation import CoordinateMedian, HolderMean, Krum, NormClipping, PrivateMean, SampleWeighted, TrimmedMean
 from fedbe.aggregation.averaging import clip_update, krum_scores
-from fedbe.errors import UpdateError
+from fedbe.errors import Facts, UpdateError
 from fedbe.messages import Update
 from fedbe.seeding import generator
 
@@ -110,7 +110,9 @@ def test_broken_updates_are_refused_by_every_rule(rule):
     ids=repr,
 )  # fmt: skip
 def test_numbers_out_of_range_are_named(rule, key):
-    assert f"federation.averaging.init_args.{key}" in [problem.key for problem in rule.check()]
+    assert f"federation.averaging.init_args.{key}" in [
+        problem.key for problem in rule.check("federation.averaging.init_args", Facts())
+    ]
 
 
 def test_private_noise_has_the_deviation_asked_for_and_is_each_round_s_own():

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fedbe.aggregation import FedAdagrad, FedAdam, FedAvgM, FedYogi, Mean
+from fedbe.errors import Facts
 
 ROUNDS = 5
 
@@ -133,5 +134,7 @@ def test_a_restored_optimizer_goes_on_to_the_same_values(kind):
     ],
 )
 def test_a_number_out_of_range_is_a_problem_with_its_key(optimizer, key):
-    assert [problem.key for problem in optimizer.check()] == [f"federation.server_optimizer.init_args.{key}"]
-    assert type(optimizer)().check() == []
+    assert [problem.key for problem in optimizer.check("federation.server_optimizer.init_args", Facts())] == [
+        f"federation.server_optimizer.init_args.{key}"
+    ]
+    assert type(optimizer)().check("federation.server_optimizer.init_args", Facts()) == []

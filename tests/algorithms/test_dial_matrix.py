@@ -8,18 +8,22 @@ from lora_tools import METHODS, build, distance, effective
 from toy import tiny_llama
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from fedbe.algorithms import BlockExpansion, Centralized, FedAvg, FedIT, FedSALoRA, LocalOnly, Unfreeze
-from fedbe.algorithms.base import interpolated
+from fedbe.adaptation.base import interpolated
+from fedbe.algorithms import BlockExpansion, Centralized, FedAvg, FedIT, FedSALoRA, Gated, LocalOnly, Unfreeze
 from fedbe.expansion import scale_blocks
 from fedbe.modeling.tensors import copy_tensors, load_tensors
+from fedbe.traits import Trait
 from tests.expansion.families import FAMILIES
 
+DIAL = {Trait.GLOBAL_MODEL, Trait.AGGREGATION}
 IDS = torch.arange(12)[None]
 OTHERS = {
     "FedAvg": FedAvg,
     "Unfreeze": lambda: Unfreeze([1]),
     "BlockExpansion": lambda: BlockExpansion([0, 1]),
     "Centralized": lambda: Centralized(Unfreeze([1])),
+    "Gated": lambda: Gated(BlockExpansion([0, 1]), sequences=4, sequence_length=8),
+    "Gated adapters": lambda: Gated(FedIT(rank=2, first_block=1), sequences=4, sequence_length=8),
 }
 LORA = {method.__name__: lambda method=method: build(method) for method in METHODS if method is not FedSALoRA}
 every_algorithm = pytest.mark.parametrize("name", [*OTHERS, *LORA])
@@ -30,10 +34,11 @@ def logits(model):
         return model(IDS).logits.clone()
 
 
-def trained(algorithm, model, inputs=None):
+def trained(adaptation, model, inputs=None):
     """Prepare, and move every global tensor as training might."""
-    algorithm.prepare(model, inputs or {"input_ids": IDS})
-    start = copy_tensors(model, algorithm.state_names)
+    adaptation.observe_base(model)
+    adaptation.prepare(model, inputs or {"input_ids": IDS})
+    start = copy_tensors(model, adaptation.state_names)
     own = torch.Generator().manual_seed(0)
     state = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=own) for name, tensor in start.items()}
     load_tensors(model, state)
@@ -44,12 +49,13 @@ def trained(algorithm, model, inputs=None):
 def test_zero_is_the_base_model_and_one_the_trained_one_to_the_bit(name):
     model = tiny_llama(layers=2)
     base, algorithm = logits(model), (OTHERS | LORA)[name]()
-    start, state = trained(algorithm, model)
+    adaptation = algorithm.adaptation
+    start, state = trained(adaptation, model)
     full = logits(model)
     copies = [{n: t.clone() for n, t in tensors.items()} for tensors in (start, state)]
-    assert algorithm.has_dial and set(algorithm.dialled_names) <= set(algorithm.state_names)
+    assert algorithm.offers >= DIAL and set(adaptation.dialled_names) <= set(adaptation.state_names)
     for factor in (0.5, 0, 1):
-        tensors = algorithm.dial(start, state, factor)
+        tensors = adaptation.dial(start, state, factor)
         assert tensors.keys() == state.keys()
         load_tensors(model, tensors)
         seen = logits(model)
@@ -61,31 +67,31 @@ def test_zero_is_the_base_model_and_one_the_trained_one_to_the_bit(name):
 @pytest.mark.parametrize("name", LORA)
 @pytest.mark.parametrize("factor", [0.3, 0.8])
 def test_the_weights_that_adapters_amount_to_lie_on_the_line_from_the_base_model_s(name, factor):
-    model, algorithm = tiny_llama(layers=2), LORA[name]()
+    model, adapters = tiny_llama(layers=2), LORA[name]().adaptation
     base = {n: t.clone() for n, t in model.state_dict().items()}
-    start, state = trained(algorithm, model)
+    start, state = trained(adapters, model)
     end = effective(model)
-    load_tensors(model, algorithm.dial(start, state, factor))
+    load_tensors(model, adapters.dial(start, state, factor))
     line = {n: base[n] + factor * (end[n] - base[n]) for n in base}
     assert distance(base, end) > 0.01 and distance(effective(model), line) < 1e-6
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])
 def test_of_expanded_blocks_it_scales_what_they_write(family):
-    model, algorithm = FAMILIES[family]().eval(), BlockExpansion([1, 3])
-    start, state = trained(algorithm, model)
-    scale_blocks(model, algorithm.expansion, 0.3)
-    expected = copy_tensors(model, algorithm.state_names)
-    moved = algorithm.dial(start, state, 0.3)
+    model, blocks = FAMILIES[family]().eval(), BlockExpansion([1, 3]).adaptation
+    start, state = trained(blocks, model)
+    scale_blocks(model, blocks.expansion, 0.3)
+    expected = copy_tensors(model, blocks.state_names)
+    moved = blocks.dial(start, state, 0.3)
     assert moved.keys() == expected.keys() and all(torch.equal(moved[n], expected[n]) for n in moved)
 
 
 @pytest.mark.parametrize("make", [FedAvg, lambda: Unfreeze([1]), lambda: BlockExpansion([1]), lambda: build(FedIT)])
 def test_a_new_task_head_stays_as_trained(make):
     config = DistilBertConfig(vocab_size=16, dim=16, hidden_dim=24, n_layers=2, n_heads=2, num_labels=3)
-    model, algorithm = DistilBertForSequenceClassification(config).eval(), make()
-    start, state = trained(algorithm, model)
-    none = algorithm.dial(start, state, 0.0)
+    model, adaptation = DistilBertForSequenceClassification(config).eval(), make().adaptation
+    start, state = trained(adaptation, model)
+    none = adaptation.dial(start, state, 0.0)
     head = {name for name in state if name.startswith(("classifier", "pre_classifier"))}
     assert len(head) == 4 and all(torch.equal(none[name], state[name]) for name in head)
     assert any(not torch.equal(none[name], state[name]) for name in state)
@@ -93,7 +99,7 @@ def test_a_new_task_head_stays_as_trained(make):
 
 @pytest.mark.parametrize("algorithm", [LocalOnly(FedAvg()), FedSALoRA(), Centralized(FedSALoRA())])
 def test_without_a_global_model_there_is_no_dial(algorithm):
-    assert not algorithm.has_dial
+    assert not algorithm.offers >= DIAL
 
 
 @given(st.lists(st.tuples(st.floats(-9, 9, width=16), st.floats(-9, 9, width=16)), min_size=1), st.floats(0, 1))

@@ -3,15 +3,37 @@ import torch
 from toy import ToyData, tiny_llama, toy_loop
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from fedbe.algorithms import BlockExpansion, Centralized, FedAvg, LocalOnly, PooledData, Unfreeze
+from fedbe.adaptation.existing_blocks import ExistingBlocks
+from fedbe.adaptation.whole_model import WholeModel
+from fedbe.algorithms import (
+    BlockExpansion,
+    Centralized,
+    FedAvg,
+    FedBE,
+    FedIT,
+    FedSALoRA,
+    FlexLoRA,
+    FLoRA,
+    Gated,
+    LocalOnly,
+    PooledData,
+    Unfreeze,
+)
 from fedbe.callbacks import CommunicationCallback
-from fedbe.errors import ConfigError
+from fedbe.client.memory import Kept
+from fedbe.errors import ConfigError, Facts
+from fedbe.expansion.growth import Plateau
+from fedbe.traits import ALL, Trait
+
+FACTS = Facts(depth=3)
+AT = "algorithm.init_args"
 
 
 def prepared(algorithm, model=None):
+    """What is trained, in a model."""
     model = model or tiny_llama()
-    algorithm.prepare(model, {})
-    return algorithm, model
+    algorithm.adaptation.prepare(model, {})
+    return algorithm.adaptation, model
 
 
 def tied_llama():
@@ -23,31 +45,32 @@ def tied_llama():
 
 
 def test_full_fine_tuning_trains_every_parameter():
-    algorithm, model = prepared(FedAvg())
-    assert set(algorithm.trainable_names) == {name for name, _ in model.named_parameters()}
+    whole, model = prepared(FedAvg())
+    assert set(whole.trainable_names) == {name for name, _ in model.named_parameters()}
 
 
 def test_tied_weights_travel_once_and_stay_tied(tmp_path):
     model = tied_llama()
     loop = toy_loop(tmp_path / "run", rounds=1, model=model, algorithm=FedAvg())
     loop.run()
-    assert "lm_head.weight" not in loop.state and "model.embed_tokens.weight" in loop.state
+    state = loop.server.state
+    assert "lm_head.weight" not in state and "model.embed_tokens.weight" in state
     assert model.lm_head.weight is model.model.embed_tokens.weight
     exported = AutoModelForCausalLM.from_pretrained(loop.folder.model)
-    assert torch.equal(exported.lm_head.weight, loop.state["model.embed_tokens.weight"])
+    assert torch.equal(exported.lm_head.weight, state["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize(("blocks", "expected"), [([2, 0], {0, 2}), (1, {2}), (3, {0, 1, 2}), ([1, 1], {1})])
 def test_the_named_or_interleaved_blocks_are_unfrozen_and_nothing_else(blocks, expected):
-    algorithm, model = prepared(Unfreeze(blocks))
+    unfrozen, model = prepared(Unfreeze(blocks))
     prefixes = tuple(f"model.layers.{index}." for index in expected)
-    assert set(algorithm.trainable_names) == {n for n, _ in model.named_parameters() if n.startswith(prefixes)}
-    assert list(algorithm.units()) == [f"block_{index}" for index in sorted(expected)]
+    assert set(unfrozen.trainable_names) == {n for n, _ in model.named_parameters() if n.startswith(prefixes)}
+    assert list(unfrozen.units()) == [f"block_{index}" for index in sorted(expected)]
 
 
 def test_unfreezing_trains_as_many_parameters_as_expanding_by_as_many_blocks():
     unfrozen, model = prepared(Unfreeze(2))
-    expanded, larger = BlockExpansion(2), tiny_llama()
+    expanded, larger = BlockExpansion(2).adaptation, tiny_llama()
     expanded.prepare(larger, {"input_ids": torch.arange(4)[None]})
     sizes = [
         sum(m.get_parameter(name).numel() for name in a.trainable_names)
@@ -58,28 +81,57 @@ def test_unfreezing_trains_as_many_parameters_as_expanding_by_as_many_blocks():
 
 @pytest.mark.parametrize("blocks", [0, 4, [3], [-1], []])
 def test_blocks_that_are_not_there_are_a_problem(blocks):
-    assert [problem.key for problem in Unfreeze(blocks).check(3)] == ["algorithm.init_args.blocks"]
+    assert [problem.key for problem in Unfreeze(blocks).check(AT, FACTS)] == ["algorithm.init_args.blocks"]
     with pytest.raises(ConfigError, match="blocks"):
         prepared(Unfreeze(blocks))
+
+
+def kept(loop, client):
+    """What a client keeps after the last round."""
+    return loop.engine.memory.get(client, loop.round.index).tensors
 
 
 def test_local_clients_go_on_from_their_own_tensors_and_send_nothing(tmp_path):
     loop = toy_loop(tmp_path / "run", algorithm=LocalOnly(Unfreeze([1])), callbacks=[CommunicationCallback()])
     loop.setup()
-    start = dict(loop.state)
+    start = dict(loop.server.state)
     loop.folder.create({})
     loop.advance()
-    first = loop.kept["client-1"]
+    first = kept(loop, "client-1")
     loop.advance()
-    assert all(torch.equal(start[name], loop.state[name]) for name in start)
+    assert all(torch.equal(start[name], loop.server.state[name]) for name in start)
     assert all(record["bytes"] == {"up": 0, "down": 0} for record in loop.history)
     alone = toy_loop(tmp_path / "alone", algorithm=LocalOnly(Unfreeze([1])))
     alone.setup()
-    alone.kept["client-1"] = first
-    alone.progress.started = 2
-    update = alone.engine.train_client(alone.task("client-1", ("block_1",)))
-    assert all(torch.equal(update.kept[name], loop.kept["client-1"][name]) for name in start)
-    assert any(not torch.equal(first[name], update.kept[name]) for name in start)
+    alone.engine.memory.put("client-1", 0, Kept(first), None)
+    alone.server.accepted["client-1"] = 0
+    task = alone.server.task("client-1", 0, 1, ("block_1",))
+    update = alone.engine.training.train(task)
+    own = alone.engine.memory.get("client-1", 1).tensors
+    assert not update.tensors and not task.received
+    assert all(torch.equal(own[name], kept(loop, "client-1")[name]) for name in start)
+    assert any(not torch.equal(first[name], own[name]) for name in start)
+
+
+@pytest.mark.parametrize("inner", [FlexLoRA(rank=2), FedBE(), FedAvg()], ids=lambda a: type(a).__name__)
+def test_whatever_rule_the_server_has_for_updates_local_clients_leave_the_global_model_at_the_start(tmp_path, inner):
+    loop = toy_loop(tmp_path / "run", algorithm=LocalOnly(inner))
+    loop.setup()
+    start = dict(loop.server.state)
+    loop.folder.create({})
+    loop.advance()
+    assert not loop.record.failures and loop.record.rolled_back is None
+    assert all(torch.equal(start[name], loop.server.state[name]) for name in start)
+    assert kept(loop, "client-0").keys() == set(inner.adaptation.trainable_names)
+
+
+def test_the_report_of_an_exported_start_says_what_it_is(tmp_path):
+    notes = {}
+    for name, algorithm in (("local", LocalOnly(Unfreeze([1]))), ("plain", Unfreeze([1]))):
+        loop = toy_loop(tmp_path / name, algorithm=algorithm, rounds=1)
+        loop.run()
+        notes[name] = loop.summary["model"]["note"]
+    assert notes["local"] == f"{notes['plain']} It is the start: clients keep what they trained to themselves."
 
 
 def test_personalised_scores_are_those_of_each_client_s_own_model(tmp_path):
@@ -103,25 +155,47 @@ def test_methods_with_one_model_report_no_personalised_score(tmp_path):
     assert loop.run()["personalised"] is None and loop.history[-1]["personalised"] is None
 
 
-def test_what_cannot_train_locally_is_refused():
-    class Restarting(FedAvg):
-        restarts = True
-
-    (problem,) = LocalOnly(Restarting()).check(3)
-    assert problem.key == "algorithm.init_args.algorithm" and problem.value == "Restarting"
-    (problem,) = LocalOnly(Unfreeze([7])).check(3)
-    assert problem.key == "algorithm.init_args.algorithm.init_args.blocks"
+WITHOUT = {
+    "GLOBAL_MODEL": FedSALoRA(),
+    "LASTING_TENSORS": FLoRA(),
+    "AGGREGATION": LocalOnly(FedAvg()),
+    "FIXED_STRUCTURE": Gated(FedBE(plateau=Plateau())),
+}
 
 
-def test_the_pool_holds_every_client_s_samples_once():
-    data = ToyData()
-    pooled = PooledData(data)
-    rows = torch.cat([data.client_dataset(client).rows for client in data.client_ids])
-    dataset = pooled.client_dataset(pooled.client_ids[0])
-    assert len(pooled.client_ids) == 1
-    assert torch.equal(torch.stack([dataset[i]["input_ids"] for i in range(len(dataset))]), rows)
-    batches = list(pooled.client_dataloader("pooled", torch.Generator().manual_seed(0)))
-    assert sum(len(batch["input_ids"]) for batch in batches) == len(rows)
+@pytest.mark.parametrize("trait", WITHOUT)
+def test_what_cannot_train_locally_is_refused(trait):
+    inner = WITHOUT[trait]
+    assert trait in {missing.name for missing in ALL - inner.offers}
+    (problem,) = LocalOnly(inner).check(AT, FACTS)
+    assert problem.key == "algorithm.init_args.algorithm" and problem.value == type(inner).__name__
+    assert ("plateau" in problem.remedy) == (trait == "FIXED_STRUCTURE")
+
+
+def test_a_control_reports_the_mistakes_of_what_it_is_about():
+    for control in (LocalOnly, Centralized):
+        (problem,) = control(Unfreeze([7])).check(AT, FACTS)
+        assert problem.key == "algorithm.init_args.algorithm.init_args.blocks"
+
+
+@pytest.mark.parametrize("algorithm", [Centralized(LocalOnly(FedAvg())), LocalOnly(Centralized(FedAvg()))])
+def test_of_two_controls_one_within_the_other_neither_wins_in_silence(algorithm):
+    (problem,) = algorithm.check(AT, FACTS)
+    assert problem.key == "algorithm.init_args.algorithm" and problem.value == type(algorithm.algorithm).__name__
+
+
+def test_a_control_trains_the_same_by_the_same_strategy():
+    for control in (LocalOnly, Centralized):
+        inner = FedIT(rank=2)
+        algorithm = control(inner)
+        assert algorithm.adaptation is inner.adaptation and algorithm.strategy is inner.strategy
+        assert type(algorithm.topology) is not type(inner.topology)
+
+
+@pytest.mark.parametrize("adaptation", [WholeModel(), ExistingBlocks([1])], ids=lambda a: type(a).__name__)
+def test_what_trains_the_base_says_so(adaptation):
+    assert ALL - adaptation.offers == {Trait.UNCHANGED_BASE}
+    assert BlockExpansion([1]).offers == ALL
 
 
 def test_centralized_training_is_one_client_on_the_pool(tmp_path):
@@ -129,5 +203,6 @@ def test_centralized_training_is_one_client_on_the_pool(tmp_path):
     plain = toy_loop(tmp_path / "b", algorithm=FedAvg(), data=PooledData(ToyData()))
     central.run()
     plain.run()
-    assert central.algorithm.pooled and not plain.algorithm.pooled
-    assert all(torch.equal(central.state[name], plain.state[name]) for name in plain.state)
+    assert central.algorithm.topology.pooled and not plain.algorithm.topology.pooled
+    state, expected = central.server.state, plain.server.state
+    assert all(torch.equal(state[name], expected[name]) for name in expected)

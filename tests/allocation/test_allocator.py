@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fedbe.allocation.allocator import Allocator
 from fedbe.allocation.best_sets import CohortCosts, best_sets
 from fedbe.allocation.coverage import cover_by_search, cover_exactly, covering_sets
+from fedbe.errors import Facts
 
 
 def whole(rng, low, high, *shape):
@@ -253,5 +254,5 @@ def test_unsound_input_is_refused(changes, message):
 
 
 def test_a_negative_coverage_is_a_problem():
-    assert not Allocator(0).check()
-    assert [problem.key for problem in Allocator(-1).check("a")] == ["a.coverage"]
+    assert not Allocator(0).check("a", Facts())
+    assert [problem.key for problem in Allocator(-1).check("a", Facts())] == ["a.coverage"]

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from fedbe.allocation.clock import RoundTime, SimulatedClock, round_time, steps_within
 from fedbe.allocation.profiles import GivenFleet, Profile
+from fedbe.errors import Facts
 
 FLEET = GivenFleet({}, Profile(1, 1, 1, 1))
 TIMES = {"a": 3.0, "b": 9.0, "c": 5.0}
@@ -47,11 +48,19 @@ def test_the_steps_that_fit_end_in_time_and_one_more_would_not(deadline, transfe
 
 @pytest.mark.parametrize("late", ["drop", "partial"])
 def test_late_clients_need_a_deadline(late):
-    assert [problem.key for problem in SimulatedClock(FLEET, late).check()] == ["clock.deadline_seconds"]
-    assert [problem.key for problem in SimulatedClock(FLEET, late, -1.0).check()] == ["clock.deadline_seconds"]
-    assert SimulatedClock(FLEET, late, 1.0).check() == SimulatedClock(FLEET).check() == []
+    assert [problem.key for problem in SimulatedClock(FLEET, late).check("clock", Facts())] == [
+        "clock.deadline_seconds"
+    ]
+    assert [problem.key for problem in SimulatedClock(FLEET, late, -1.0).check("clock", Facts())] == [
+        "clock.deadline_seconds"
+    ]
+    assert (
+        SimulatedClock(FLEET, late, 1.0).check("clock", Facts()) == SimulatedClock(FLEET).check("clock", Facts()) == []
+    )
 
 
 def test_the_fleet_is_checked_too():
     broken = GivenFleet({}, Profile(0, 1, 1, 1))
-    assert [p.key for p in SimulatedClock(broken).check()] == ["clock.fleet.init_args.default.memory_bytes"]
+    assert [p.key for p in SimulatedClock(broken).check("clock", Facts())] == [
+        "clock.fleet.init_args.default.memory_bytes"
+    ]

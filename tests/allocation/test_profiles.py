@@ -18,7 +18,7 @@ from fedbe.allocation.profiles import (
     apportion,
     available,
 )
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 
 SMALL = Profile(1e9, 2e9, 3e6, 4e6)
 CLIENTS = [f"client-{k}" for k in range(10)]
@@ -83,7 +83,7 @@ def test_without_jitter_rounds_are_alike():
 
 def test_named_fleets_and_devices_are_sound():
     for name in FLEETS:
-        assert DeviceFleet(name).check() == []
+        assert DeviceFleet(name).check("clock.fleet.init_args", Facts()) == []
     assert DEVICES["jetson-orin-nano-8gb"].flops_per_second == pytest.approx(1.28e12 / 3)
     strength = [DEVICES[kind].flops_per_second for kind in FLEETS["mixed"]]
     assert strength == sorted(strength, reverse=True)
@@ -102,15 +102,17 @@ def test_named_fleets_and_devices_are_sound():
     ],
 )
 def test_mistakes_in_a_device_fleet_are_named(options, key):
-    assert [problem.key for problem in DeviceFleet(**options).check()] == [f"fleet.init_args.{key}"]
+    assert [problem.key for problem in DeviceFleet(**options).check("clock.fleet.init_args", Facts())] == [
+        f"clock.fleet.init_args.{key}"
+    ]
 
 
 def test_mistakes_in_given_profiles_are_named():
     given_fleet = GivenFleet({"a": Profile(1, 1, 1, 1, availability=0)}, Profile(-1, 1, 1, float("inf")))
-    assert [problem.key for problem in given_fleet.check()] == [
-        "fleet.init_args.profiles.a.availability",
-        "fleet.init_args.default.memory_bytes",
-        "fleet.init_args.default.download_bytes_per_second",
+    assert [problem.key for problem in given_fleet.check("clock.fleet.init_args", Facts())] == [
+        "clock.fleet.init_args.profiles.a.availability",
+        "clock.fleet.init_args.default.memory_bytes",
+        "clock.fleet.init_args.default.download_bytes_per_second",
     ]
 
 
@@ -137,13 +139,15 @@ def test_availability_is_drawn_by_client_and_round():
 
 def test_a_measured_fleet_is_this_machine():
     machine = MeasuredFleet(1e6, 2e6)
-    assert machine.check() == []
+    assert machine.check("clock.fleet.init_args", Facts()) == []
     machine.setup(CLIENTS, 0)
     profile = machine.profile("client-3", 1)
-    assert profile.check("profile") == []
+    assert profile.check("profile", Facts()) == []
     assert profile.memory_bytes > 2**28 and 1e7 < profile.flops_per_second < 1e15
     assert (profile.upload_bytes_per_second, profile.download_bytes_per_second) == (1e6, 2e6)
-    assert [p.key for p in MeasuredFleet(0, 1).check()] == ["fleet.init_args.upload_bytes_per_second"]
+    assert [p.key for p in MeasuredFleet(0, 1).check("clock.fleet.init_args", Facts())] == [
+        "clock.fleet.init_args.upload_bytes_per_second"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +162,6 @@ def test_a_fleet_is_written_in_yaml(name, arguments):
     parser.add_subclass_arguments(Fleet, "fleet")
     section = {"fleet": {"class_path": f"fedbe.allocation.profiles.{name}", "init_args": arguments}}
     made = parser.instantiate(parser.parse_object(section)).fleet
-    assert made.check() == []
+    assert made.check("clock.fleet.init_args", Facts()) == []
     made.setup(["client-0"], 0)
     assert made.profile("client-0", 0) == SMALL

@@ -3,6 +3,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedbe.allocation.scores import (
     LEAST,
@@ -13,7 +15,7 @@ from fedbe.allocation.scores import (
     Score,
     StaticScore,
 )
-from fedbe.errors import ConfigError, UpdateError
+from fedbe.errors import ConfigError, Facts, UpdateError
 
 CLIENTS = ["a", "b", "c"]
 BLOCKS = ["low", "middle", "high"]
@@ -26,6 +28,8 @@ def ready(score):
 
 
 def report(score, client, norms, round_index=0, before=None, after=None):
+    """As the server does: nothing is observed that the score would refuse."""
+    score.check_report(client, norms, before, after)
     score.observe(client, norms, before, after, round_index)
 
 
@@ -115,6 +119,35 @@ def test_a_loss_that_is_no_number_is_an_error_with_a_name():
         report(ready(LossScore()), "a", {"low": 1.0}, before=1.0, after=math.nan)
 
 
+weird = st.sampled_from([0.0, -1.0, 5e-324, 1e-9, 2.0, 1e308, -1e308, math.inf, -math.inf, math.nan])
+losses = st.none() | weird
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("kind", ALL_SCORES)
+@given(
+    reports=st.lists(st.tuples(st.dictionaries(st.sampled_from([*BLOCKS, "gone"]), weird), losses, losses), max_size=9)
+)
+def test_whatever_passes_the_check_is_observed_without_an_error_and_what_does_not_leaves_nothing(kind, reports):
+    score = ready(kind())
+    for number, (norms, before, after) in enumerate(reports):
+        state = json.dumps(score.state_dict())
+        try:
+            score.check_report("a", norms, before, after)
+        except UpdateError as error:
+            assert "'a'" in str(error) and json.dumps(score.state_dict()) == state
+        else:
+            score.observe("a", norms, before, after, number)
+            values = score.values(CLIENTS, number)
+            assert np.isfinite(values).all() and (values >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ALL_SCORES)
+def test_only_scores_that_do_not_learn_leave_reports_alone(kind):
+    assert bool(kind().needs) == (kind not in (RandomScore, StaticScore))
+    assert kind.probe_fields == ({"labels"} if kind is LabelDivergenceScore else set())
+
+
 def test_unusual_labels_tilt_a_client_towards_high_blocks():
     """All labels together are even: a and b are ½ away, c not at all."""
     values = ready(LabelDivergenceScore(strength=0.8)).values(CLIENTS, 0)
@@ -175,7 +208,7 @@ def test_static_values_need_one_number_for_each_block():
     ],
 )
 def test_numbers_outside_their_range_are_problems(score, keys):
-    assert [problem.key for problem in score.check("s")] == keys
+    assert [problem.key for problem in score.check("s.init_args", Facts())] == keys
 
 
 def test_a_score_of_ones_own_needs_values_only():
@@ -186,4 +219,4 @@ def test_a_score_of_ones_own_needs_values_only():
     score = ready(Mine())
     report(score, "a", {"low": 1.0})
     assert score.values(["a"], 0).tolist() == [[2.0, 2.0, 2.0]]
-    assert score.state_dict() == {} and score.check() == []
+    assert score.state_dict() == {} and score.check("s", Facts()) == []

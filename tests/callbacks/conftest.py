@@ -1,6 +1,7 @@
 import copy
 import math
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,31 +9,26 @@ from typing import Any
 import pytest
 import torch
 
-from fedbe.messages import ClientTask, Update
+from fedbe.aggregation import Mean
+from fedbe.federation.hooks import Hooks
+from fedbe.federation.record import RoundRecord
+from fedbe.federation.scorer import Scores
+from fedbe.federation.view import RunView
+from fedbe.messages import FitTask, Update
 
 
 def make_record(number: int, accuracy: float | None = 0.3, **changes: Any) -> dict[str, Any]:
     general = {"docs": {"score": 0.5 - 0.01 * number, "standard_error": 0.01, "cross_entropy": 2.0}}
-    return {
-        "round": number,
-        "experience": 0,
+    values: dict[str, Any] = {
         "downstream": None if accuracy is None else {"accuracy": accuracy, "loss": 2.0},
         "general": general,
         "retention": {"mean": 1 - 0.02 * number, "docs": 1 - 0.02 * number},
         "delta_ce": {"mean": 0.0, "docs": 0.0},
-        "bytes": {"up": 0, "down": 0},
         "simulated_seconds": 1.5 * number,
         "wall_seconds": 2.0 * number,
-        "cohort": [],
-        "allocation": {},
-        "explanation": {},
-        "client_seconds": {},
-        "idle": [],
-        "late": [],
-        "lacking_memory": {},
-        "failures": [],
         **changes,
     }
+    return RoundRecord(number, **values).to_dict()
 
 
 def learning_history(rounds: int = 6, blocks: int = 4, clients: int = 5) -> list[dict[str, Any]]:
@@ -48,7 +44,7 @@ def learning_history(rounds: int = 6, blocks: int = 4, clients: int = 5) -> list
 
 
 class FakeLoop(SimpleNamespace):
-    """What callbacks see of a loop; `play` gives them a history hook by hook."""
+    """What `RunView` sees of a loop; `play` gives its callbacks a history hook by hook."""
 
     def __init__(self, folder: Path, callbacks: list[Any], **changes: Any) -> None:
         plots, checkpoints = folder / "plots", folder / "checkpoints"
@@ -57,12 +53,15 @@ class FakeLoop(SimpleNamespace):
         values: dict[str, Any] = {
             "model": None,
             "general_tasks": (),
-            "data": SimpleNamespace(client_ids=[f"c{k}" for k in range(5)]),
+            "engine": SimpleNamespace(client_ids=[f"c{k}" for k in range(5)]),
+            "plan": SimpleNamespace(seed=3),
             "logger": None,
             "config": {"seed": 3},
             "rounds": 6,
-            "state": {"w": torch.zeros(2)},
-            "record": {},
+            "server": SimpleNamespace(state={"w": torch.zeros(2)}, restore=self._restore, optimizer=Mean()),
+            "scorer": SimpleNamespace(timed=nullcontext, seconds=0.0, scores=Scores()),
+            "round": SimpleNamespace(kept_outcomes=None),
+            "record": RoundRecord(0),
             "history": [],
             "summary": {},
             "stop_reason": None,
@@ -71,32 +70,47 @@ class FakeLoop(SimpleNamespace):
         }
         super().__init__(callbacks=callbacks, **(values | changes))
 
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.server.state
+
+    @state.setter
+    def state(self, state: dict[str, torch.Tensor]) -> None:
+        self.server.state = state
+
+    @property
+    def hooks(self) -> Hooks:
+        return Hooks(self.callbacks, RunView(self))
+
     def stop(self, reason: str) -> None:
         self.stop_reason = self.stop_reason or reason
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
+    def _restore(self, state: dict[str, torch.Tensor]) -> None:
         self.restored = self.state = state
 
     def call(self, hook: str, *arguments: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, hook)(self, *arguments)
+        self.hooks.call(hook, *arguments)
 
     def write(self, record: dict[str, Any]) -> None:
-        self.record = record
+        self.record = RoundRecord(**record)
         self.history.append(record)
         self.call("on_round_written")
 
     def play(self, history: list[dict[str, Any]]) -> None:
-        self.record = history[0]
+        self.record = RoundRecord(**history[0])
         self.call("on_run_start")
+        self.play_on(history)
+
+    def play_on(self, history: list[dict[str, Any]]) -> None:
         for record in copy.deepcopy(history):
-            self.record = record
+            self.record = RoundRecord(**record)
             if record["round"]:
                 self.call("on_round_start")
             for client in record["cohort"]:
-                task = ClientTask(client, 0, record["round"] - 1, {}, ())
+                task = FitTask(client, 0, record["round"] - 1, {}, ())
+                update = Update(client, {}, 8, {"loss": 2.0 / record["round"], "seconds": 0.1})
                 self.call("on_client_start", task)
-                self.call("on_client_end", task, Update(client, {}, 8, {"loss": 2.0 / record["round"], "seconds": 0.1}))
+                self.call("on_client_end", task, self.hooks.replaced(task, update))
             self.write(record)
 
     def finish(self) -> None:

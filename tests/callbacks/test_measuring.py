@@ -4,7 +4,8 @@ import pytest
 import torch
 from toy import toy_loop
 
-from fedbe.callbacks import CommunicationCallback, ConvergenceCallback, RetentionCallback
+from fedbe.callbacks import CommunicationCallback, ConvergenceCallback, FaultInjection, RetentionCallback
+from fedbe.errors import Facts
 from fedbe.evaluation import GeneralTask, TaskScore
 from fedbe.federation.callback import FederatedCallback
 from fedbe.messages import payload_bytes
@@ -77,10 +78,10 @@ class Payloads(FederatedCallback):
     def __init__(self):
         self.down, self.up = [], []
 
-    def on_client_start(self, loop, task):
+    def on_client_start(self, run, task):
         self.down.append(payload_bytes(task.received.values()))
 
-    def on_client_end(self, loop, task, update):
+    def on_client_end(self, run, task, update):
         self.up.append(payload_bytes(update.tensors.values()))
 
 
@@ -89,11 +90,34 @@ def test_bytes_are_those_of_the_tensors_that_travelled(tmp_path):
     callbacks = [CommunicationCallback(), payloads]
     loop = toy_loop(tmp_path / "run", rounds=2, cohort=3, callbacks=callbacks)
     loop.run()
-    one_client = 4 * sum(tensor.numel() for tensor in loop.state.values())
+    one_client = 4 * sum(tensor.numel() for tensor in loop.server.state.values())
     assert payloads.up == payloads.down == [one_client] * 6
     assert [record["bytes"] for record in loop.history[1:]] == [{"up": 3 * one_client, "down": 3 * one_client}] * 2
     assert loop.history[0]["bytes"] == {"up": 0, "down": 0}
     assert (loop.summary["bytes_up"], loop.summary["bytes_down"]) == (6 * one_client, 6 * one_client)
+
+
+@pytest.mark.parametrize(
+    ("kind", "heard", "times"), [("nan", False, 1), ("zero_weight", False, 1), ("scaled", True, 1), ("error", False, 0)]
+)
+def test_a_refused_update_has_travelled_and_its_client_was_not_heard(tmp_path, kind, heard, times):
+    """`on_client_end` and `on_client_failure` are never both called for a client, and one of them always is."""
+    ended, failed = [], []
+
+    class Watch(FederatedCallback):
+        def on_client_end(self, run, task, update):
+            ended.append(task.client_id)
+
+        def on_client_failure(self, run, task, failure):
+            failed.append(task.client_id)
+
+    fault = FaultInjection(kind, clients=["client-1"])
+    loop = toy_loop(tmp_path / "run", rounds=1, callbacks=[Watch(), fault, CommunicationCallback()])
+    loop.run()
+    one_client = 4 * sum(tensor.numel() for tensor in loop.server.state.values())
+    assert loop.record.bytes == {"up": (3 + times) * one_client, "down": 4 * one_client}
+    assert sorted(ended + failed) == [f"client-{number}" for number in range(4)]
+    assert ("client-1" in ended) == heard
 
 
 def test_convergence_reports_the_cost_of_the_target_and_of_most_of_the_gain(fake_loop, record):
@@ -119,4 +143,4 @@ def test_a_target_that_was_not_reached_or_not_set_is_null(fake_loop, history, ta
 
 @pytest.mark.parametrize("callback", [RetentionCallback(0), ConvergenceCallback(0.0), ConvergenceCallback(30.0)])
 def test_bad_numbers_are_reported(callback):
-    assert len(callback.check("callbacks[0]")) == 1
+    assert len(callback.check("callbacks[0]", Facts())) == 1

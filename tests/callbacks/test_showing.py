@@ -1,11 +1,21 @@
 import io
+import json
 import struct
+import warnings
+from collections import Counter
 
 import pytest
+from full_disk import no_room
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from fedbe.callbacks import PlotCallback, ProgressCallback, summary_table
-from fedbe.figures.learning import learning_figure, spread
+from fedbe.datamodules.report import ClientShare
+from fedbe.evaluation.dial import Dial, DialPoint
+from fedbe.figures.dial import dial_figure, dial_table
+from fedbe.figures.learning import figures, learning_figure, spread
+from fedbe.figures.partition import plot_partition, print_partition
+from fedbe.figures.style import save
 from fedbe.figures.tables import readable_bytes, readable_seconds
 
 
@@ -101,6 +111,56 @@ def test_the_pictures_are_written(fake_loop, history):
     for path in loop.folder.plots.iterdir():
         width, height = png_size(path)
         assert width > 600 and height > 300
+
+
+def test_pictures_for_which_there_is_no_room_are_left_out_and_a_line_says_so(fake_loop, history, capsys):
+    loop = fake_loop(PlotCallback())
+    loop.history = history
+    with no_room():
+        loop.call("on_run_written")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedbe: the picture") and "the disk is full" in line
+    assert list(loop.folder.plots.iterdir()) == []
+
+
+NAMES = [r"c$\frac{$", "$", "$$a$$", r"\$x$", "_hidden", "a\x00b", "half \ud83d", "[/bold]", "ü" * 300, ""]
+"""Names that matplotlib or rich would read as something else than text."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_user_can_stand_in_any_picture_and_table(name, tmp_path, history):
+    warnings.simplefilter("ignore")  # about glyphs that a font lacks, and about room
+    named = json.loads(json.dumps(history).replace('"c1"', json.dumps(name)).replace('"docs"', json.dumps(name)))
+    named = json.loads(json.dumps(named).replace('"block 1"', json.dumps(name)))
+    for file, figure in figures(named):
+        save(figure, tmp_path / file)
+    shares = [ClientShare(name, 5, labels=Counter({name: 5})), ClientShare("other", 5, labels=Counter({"b": 5}))]
+    plot_partition(shares, tmp_path / "partition.png")
+    scores = {name: 0.5, "other": 1.0, "mean": 0.75}
+    dial = Dial([DialPoint(factor, factor, scores) for factor in (0.0, 1.0)], 1.0, None)
+    save(dial_figure(dial), tmp_path / "dial.png")
+    tables = [dial_table(dial), summary_table({"algorithm": name, "general": {"base": {}, "final": {}}})]
+    console = Console(file=io.StringIO(), width=100)
+    for table in tables if name.isprintable() else ():
+        console.print(table)
+    print_partition(shares, console)
+    assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_no_legend_leaves_a_name_out():
+    shares = [ClientShare("a", 5, labels=Counter({"_hidden": 3, "shown": 2}))]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedbe.figures.partition.save", lambda figure, path: drawn.append(figure))
+        plot_partition(shares, "unused.png")
+    assert {text.get_text().strip() for text in drawn[0].axes[0].get_legend().get_texts()} == {"_hidden", "shown"}
+
+
+@pytest.mark.parametrize("name", ["picture.svg", "picture"])
+def test_a_picture_is_written_in_the_format_of_its_name(tmp_path, name):
+    save(Figure(), tmp_path / name)
+    assert (tmp_path / name).read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_the_learning_picture_shows_the_records_over_cumulative_bytes(history):

@@ -3,14 +3,20 @@ import math
 
 import pytest
 import torch
+from full_disk import no_room
 from hypothesis import given
 from hypothesis import strategies as st
 from toy import toy_loop
 
-from fedbe.callbacks import EarlyStopping, KeepBest, metric_value
+from fedbe.callbacks import EarlyStopping, FaultInjection, KeepBest, RollbackGuard, metric_value
 from fedbe.callbacks.stopping import without_improvement
-from fedbe.errors import ConfigError
-from fedbe.federation.record import metric_paths
+from fedbe.errors import ConfigError, Facts
+from fedbe.federation.callback import FederatedCallback, Phase
+from fedbe.federation.hooks import Hooks
+from fedbe.federation.record import RoundRecord, metric_paths
+from fedbe.federation.view import RunView
+from fedbe.figures.tables import summary_lines
+from fedbe.storage.checkpoint import save_tensors
 
 
 def run(loop, record, accuracies, **changes):
@@ -84,7 +90,8 @@ def test_a_metric_that_was_not_measured_in_a_round_is_none(record):
     ],
 )
 def test_bad_arguments_are_reported_before_work_starts(arguments, key):
-    assert [problem.key for problem in EarlyStopping(**arguments).check("callbacks[0]", metric_paths(["words"]))] == [
+    facts = Facts(metrics=metric_paths(["words"]))
+    assert [problem.key for problem in EarlyStopping(**arguments).check("callbacks[0]", facts)] == [
         f"callbacks[0].{key}"
     ]
 
@@ -128,3 +135,87 @@ def test_keep_best_on_a_real_run_restores_the_untouched_model(tmp_path):
     summary = loop.run()
     assert summary["kept_round"] == 0
     assert summary["downstream"] == summary["downstream_base"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "changed", "of another round", "of another run"])
+def test_a_best_model_that_is_gone_costs_nothing_but_itself(fake_loop, record, damage, capsys):
+    loop = fake_loop(KeepBest())
+    run(loop, record, [0.2, 0.4, 0.3])
+    file = loop.folder.checkpoints / "best.safetensors"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "of another round":
+        save_tensors(file, {"w": torch.zeros(2)}, {"round": 2})
+    elif damage == "of another run":
+        save_tensors(file, {"v": torch.zeros(2)}, {"round": 1})
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[:-3] if damage == "torn" else content[:-1] + b"\xff")
+    loop.call("on_last_round")
+    assert loop.restored is None and loop.state["w"].tolist() == [2.0, 2.0]
+    assert loop.summary["kept_round"] is None
+    assert "round 1 was best" in loop.summary["kept_note"] and "best.safetensors" in loop.summary["kept_note"]
+    assert capsys.readouterr().err == f"fedbe: {loop.summary['kept_note']}\n"
+    assert any("round 1 was best" in line for line in summary_lines(loop.summary, loop.folder.path))
+
+
+def test_a_best_model_for_which_there_is_no_room_leaves_the_one_before(fake_loop, record, capsys):
+    loop = fake_loop(KeepBest())
+    run(loop, record, [0.2, 0.4])
+    loop.state = {"w": torch.full((2,), 7.0)}
+    with no_room():
+        loop.write(record(2, 0.6))
+    assert "round 1 stays the one that is kept" in capsys.readouterr().err
+    loop.write(record(3, 0.5))  # not as good as the one that was lost, better than the one that was kept
+    loop.call("on_last_round")
+    assert loop.summary["kept_round"] == 3 and loop.restored["w"].tolist() == [7.0, 7.0]
+    assert "round 2" in loop.summary["kept_note"]
+
+
+def test_without_trouble_there_is_no_note(fake_loop, record):
+    loop = fake_loop(KeepBest())
+    run(loop, record, [0.2, 0.4])
+    loop.call("on_last_round")
+    assert loop.summary == {"kept_round": 1, "kept_note": None}
+
+
+class LargestWeight(FederatedCallback):
+    """A metric of one's own."""
+
+    phase = Phase.MEASURE
+    logs = ("largest_weight",)
+
+    def on_round_end(self, run):
+        run.log("largest_weight", max(tensor.abs().max() for tensor in run.state.values()))
+
+
+def test_a_metric_of_one_s_own_is_written_and_can_end_a_run(tmp_path):
+    callbacks = [EarlyStopping("largest_weight", target=0.0), KeepBest("largest_weight"), LargestWeight()]
+    facts = Facts(metrics=[*metric_paths([]), *callbacks[-1].logs])
+    assert [problem for callback in callbacks for problem in callback.check("k", facts)] == []
+    loop = toy_loop(tmp_path / "run", rounds=4, callbacks=callbacks)
+    summary = loop.run()
+    assert summary["rounds"] == summary["kept_round"] == 1 and "the target was 0" in summary["stop_reason"]
+    first, second = (json.loads(line) for line in loop.folder.metrics.read_text().splitlines())
+    assert first["metrics"] == {} and second["metrics"]["largest_weight"] > 0
+    assert metric_value(first, "largest_weight") is None and metric_value(second, "largest_weight") > 0
+
+
+def test_a_metric_of_one_s_own_takes_no_name_of_the_record_s(fake_loop, record):
+    loop = fake_loop()
+    loop.record = RoundRecord(**record(1))
+    with pytest.raises(ValueError, match="downstream/accuracy"):
+        RunView(loop).log("downstream/accuracy", 1.0)
+    RunView(loop).log("mine/a", torch.tensor(1.5))
+    written = loop.record.to_dict()
+    assert written["metrics"] == {"mine/a": 1.5} and metric_value(written, "mine/b") is None
+
+
+def test_several_rules_may_end_one_run():
+    rules = [EarlyStopping(target=0.9), EarlyStopping(patience=2), EarlyStopping("bytes/up", mode="min")]
+    faults = [FaultInjection("nan", ["a"]), FaultInjection("nan", ["b"])]
+    guards = [RollbackGuard(loss_rise=None), RollbackGuard(norm_ratio=None)]
+    kept = Hooks([*rules, *faults, *guards], None).state_dict()
+    assert len(kept) == 7
+    with pytest.raises(ConfigError, match="KeepBest"):  # a run ends with one model
+        Hooks([KeepBest(), KeepBest("retention/mean")], None)

@@ -2,6 +2,7 @@ import csv
 
 import pytest
 from comparison.runs import dial, result, write_run
+from full_disk import no_room
 
 from fedbe.cli.main import main
 from fedbe.comparison.compare import best_rate, write
@@ -10,7 +11,7 @@ from fedbe.comparison.report import page
 from fedbe.comparison.results import arm_labels, read_runs
 from fedbe.comparison.statistics import Estimate
 from fedbe.comparison.summary import Comparison
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, StorageError
 
 
 def two_arms(**options):
@@ -134,6 +135,21 @@ def test_a_comparison_leaves_table_page_and_pictures(tmp_path, tasks):
     expected = {"arm": "arm 0", "rounds_to_target": "2", "bytes_to_target": "40", "versions": "fedbe=0 torch=2"}
     expected |= {"stories_base": "0.8", "stories_final": "0.4", "retention_mean": "0.5"} if tasks else {}
     assert expected.items() <= rows[0].items()
+
+
+@pytest.mark.parametrize("name", [r"c$\frac{$", "$a$", "_hidden"])
+def test_an_arm_may_have_any_name(tmp_path, name):
+    comparison = Comparison([result(arm, seed) for arm in (name, "other") for seed in range(2)])
+    write(comparison, tmp_path)
+    assert len(list((tmp_path / "plots").iterdir())) == 3
+    labels = [text.get_text() for text in pareto_figure(comparison).legends[0].get_texts()]
+    assert any(label.replace(r"\$", "$").strip() == name for label in labels)
+
+
+def test_a_comparison_for_which_there_is_no_room_says_that_the_runs_are_intact(tmp_path):
+    with no_room(), pytest.raises(StorageError, match="the disk is full; the runs are intact"):
+        write(two_arms(), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["plots"]
 
 
 def test_runs_that_exist_are_arms_by_what_they_differ_in(tmp_path, capsys):

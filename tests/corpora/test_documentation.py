@@ -5,6 +5,7 @@ import pytest
 from fedbe.corpora import SPLITS, Corpus, Described, InstalledDocumentation, split_of
 from fedbe.corpora.documentation import docstrings, licence_of
 from fedbe.corpora.paragraphs import paragraph_key
+from fedbe.errors import Facts
 
 SHARED = "This paragraph stands in every module of this package, word for word."
 
@@ -72,7 +73,7 @@ def test_tests_and_foreign_packages_are_left_out(tmp_path):
 def test_the_installations_held_out_split_is_quick_and_large_enough():
     corpus = InstalledDocumentation()
     assert isinstance(corpus, Corpus) and isinstance(corpus, Described)
-    assert corpus.check("corpus") == []
+    assert corpus.check("corpus", Facts()) == []
     start = time.process_time()
     rows = corpus.load("test")
     assert time.process_time() - start < 10
@@ -96,9 +97,9 @@ def test_description_names_versions_and_licences():
 
 
 def test_mistakes_are_reported_with_their_keys(tmp_path):
-    assert [p.key for p in InstalledDocumentation(root=str(tmp_path / "none")).check("c")] == ["c.root"]
-    assert [p.key for p in InstalledDocumentation(["absent"], str(tmp_path)).check("c")] == ["c.packages"]
-    assert [p.key for p in InstalledDocumentation(test_fraction=2).check("c")] == ["c.test_fraction"]
+    assert [p.key for p in InstalledDocumentation(root=str(tmp_path / "none")).check("c", Facts())] == ["c.root"]
+    assert [p.key for p in InstalledDocumentation(["absent"], str(tmp_path)).check("c", Facts())] == ["c.packages"]
+    assert [p.key for p in InstalledDocumentation(test_fraction=2).check("c", Facts())] == ["c.test_fraction"]
 
 
 def test_unknown_split_is_refused(package):

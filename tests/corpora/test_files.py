@@ -6,6 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 
 from fedbe.corpora import SPLITS, Corpus, FilesCorpus, HubCorpus, SavedCorpus
+from fedbe.errors import Facts
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def test_every_format_is_recognised_by_its_ending(tmp_path, name):
     if name.endswith("gz"):
         path.write_bytes(gzip.compress(path.read_bytes()))
     corpus = FilesCorpus(str(path), validation_fraction=0, test_fraction=0)
-    assert isinstance(corpus, Corpus) and corpus.check("c") == []
+    assert isinstance(corpus, Corpus) and corpus.check("c", Facts()) == []
     assert texts(corpus, "train") == [row["text"] for row in rows(5)]
 
 
@@ -79,7 +80,7 @@ def test_equal_rows_fall_into_one_split(tmp_path):
 def test_columns_are_renamed_and_others_stay(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"content": "x", "speaker": "s"}])
     corpus = FilesCorpus(path, columns={"content": "text"}, validation_fraction=0, test_fraction=0)
-    assert corpus.check("c") == []
+    assert corpus.check("c", Facts()) == []
     assert corpus.load("train").to_list() == [{"text": "x", "speaker": "s"}]
 
 
@@ -97,7 +98,7 @@ def test_every_broken_file_is_reported_with_its_split(tmp_path):
     good = jsonl(tmp_path / "good.jsonl", rows(2))
     empty, broken = str(tmp_path / "empty.jsonl"), str(tmp_path / "broken.jsonl")
     corpus = FilesCorpus([good, columns], [empty, "absent.jsonl"], broken, columns={"speaker": "client"})
-    problems = corpus.check("data.corpus")
+    problems = corpus.check("data.corpus", Facts())
     assert [(p.key, str(p.value).split("/")[-1]) for p in problems] == [
         ("data.corpus.train", "columns.jsonl"),
         ("data.corpus.validation", "empty.jsonl"),
@@ -109,14 +110,14 @@ def test_every_broken_file_is_reported_with_its_split(tmp_path):
 
 @pytest.mark.parametrize(("train", "key"), [([], "c.format"), ("a.docx", "c.format"), ("noending", "c.format")])
 def test_a_file_of_unknown_format_is_reported(train, key):
-    assert [p.key for p in FilesCorpus(train).check("c")] == [key]
+    assert [p.key for p in FilesCorpus(train).check("c", Facts())] == [key]
 
 
 def test_saved_data_set_with_splits(tmp_path):
     saved = DatasetDict(train=Dataset.from_list(rows(30)), test=Dataset.from_list(rows(4, 90)))
     saved.save_to_disk(tmp_path / "saved")
     corpus = SavedCorpus(str(tmp_path / "saved"), validation_fraction=0.3)
-    assert corpus.check("c") == []
+    assert corpus.check("c", Facts()) == []
     assert texts(corpus, "test") == [row["text"] for row in rows(4, 90)]
     assert len(texts(corpus, "train")) + len(texts(corpus, "validation")) == 30
 
@@ -130,8 +131,8 @@ def test_saved_single_data_set_is_divided(tmp_path):
 
 def test_saved_data_set_that_cannot_be_used_is_reported(tmp_path):
     DatasetDict(test=Dataset.from_list([{"text": "x"}])).save_to_disk(tmp_path / "saved")
-    assert [p.key for p in SavedCorpus(str(tmp_path / "absent")).check("c")] == ["c.path"]
-    problems = SavedCorpus(str(tmp_path / "saved"), columns={"body": "text"}).check("c")
+    assert [p.key for p in SavedCorpus(str(tmp_path / "absent")).check("c", Facts())] == ["c.path"]
+    problems = SavedCorpus(str(tmp_path / "saved"), columns={"body": "text"}).check("c", Facts())
     remedies = [problem.remedy for problem in problems]
     assert len(remedies) == 2 and "`train`" in remedies[0] and "`body`" in remedies[1]
 
@@ -147,10 +148,10 @@ def test_pictures_are_divided_by_row_and_not_by_their_label(tmp_path):
 
 def test_hub_data_set_is_looked_for_in_the_cache_when_offline(tmp_path, monkeypatch):
     monkeypatch.setattr("fedbe.corpora.files.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert [p.key for p in HubCorpus("someone/something").check("c")] == ["c.name"]
+    assert [p.key for p in HubCorpus("someone/something").check("c", Facts())] == ["c.name"]
     (tmp_path / "hub" / "datasets--someone--something").mkdir(parents=True)
-    assert HubCorpus("someone/something").check("c") == []
-    assert [p.key for p in HubCorpus("").check("c")] == ["c.name"]
+    assert HubCorpus("someone/something").check("c", Facts()) == []
+    assert [p.key for p in HubCorpus("").check("c", Facts())] == ["c.name"]
 
 
 def test_hub_data_set_is_loaded_by_its_own_split_names(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from fedbe.corpora import SPLITS, Corpus, TorchHeaders
 from fedbe.corpora.headers import LIBRARIES, strip_boilerplate
+from fedbe.errors import Facts
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def headers(folder, **arguments):
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_installation_has_text_of_all_ten_libraries(split):
     corpus = TorchHeaders()
-    assert isinstance(corpus, Corpus) and corpus.check("corpus") == []
+    assert isinstance(corpus, Corpus) and corpus.check("corpus", Facts()) == []
     rows = corpus.load(split)
     assert set(rows["library"]) == set(LIBRARIES) and len(LIBRARIES) == 10
     assert all(text.strip() for text in rows["text"])
@@ -66,5 +67,5 @@ def test_guard_and_licence_are_taken_off_and_documentation_stays():
 
 def test_mistakes_are_reported_with_their_keys(folder):
     corpus = TorchHeaders(["one", "none"], max_characters=0, test_fraction=1.5, root=str(folder))
-    assert [p.key for p in corpus.check("c")] == ["c.test_fraction", "c.max_characters", "c.libraries"]
-    assert [p.key for p in TorchHeaders([]).check("c")] == ["c.libraries"]
+    assert [p.key for p in corpus.check("c", Facts())] == ["c.test_fraction", "c.max_characters", "c.libraries"]
+    assert [p.key for p in TorchHeaders([]).check("c", Facts())] == ["c.libraries"]

@@ -1,6 +1,7 @@
 from datasets import Dataset
 
 from fedbe.corpora import SPLITS, Corpus, Passages
+from fedbe.errors import Facts
 
 LONG = "A line long enough to count as a passage, number {} of document {}."
 
@@ -13,7 +14,7 @@ class Documents:
         texts = ["= Heading =\n" + "\n\n".join(LONG.format(i, j) for i in range(n)) for j, n in enumerate(counts)]
         return Dataset.from_dict({"text": texts})
 
-    def check(self, key):
+    def check(self, key, facts):
         return []
 
 
@@ -31,8 +32,8 @@ def test_documents_come_from_the_split_that_is_named():
 
 
 def test_a_least_length_below_one_is_a_mistake_and_the_other_corpus_is_checked():
-    (problem,) = Passages(Documents(), min_characters=0).check("corpus")
+    (problem,) = Passages(Documents(), min_characters=0).check("corpus", Facts())
     assert problem.key == "corpus.min_characters"
-    missing = Passages(Passages(Documents(), min_characters=0)).check("corpus")
-    assert [problem.key for problem in missing] == ["corpus.corpus.min_characters"]
+    missing = Passages(Passages(Documents(), min_characters=0)).check("corpus", Facts())
+    assert [problem.key for problem in missing] == ["corpus.corpus.init_args.min_characters"]
     assert isinstance(Passages(Documents()), Corpus)

@@ -6,7 +6,7 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:#?!'-\n"
 SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<unk>"]
@@ -23,7 +23,7 @@ class MemoryCorpus:
         rows = self.splits[split]
         return Dataset.from_dict(rows) if isinstance(rows, dict) else rows
 
-    def check(self, key: str) -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         return []
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, LlamaForCausalLM, OPTConfig
 
 from fedbe.datamodules import CausalLMDataModule, IIDPartitioner, NaturalPartitioner
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 
 SPEECHES = {"text": ["Speak, speak.", "Ay.", "A" * 50, "", "No more talking on it."], "who": list("abaab")}
 
@@ -106,7 +106,7 @@ def test_every_mistake_is_reported_at_once_with_its_key(corpus):
     data = CausalLMDataModule(
         corpus({"text": ["a", "b"]}), IIDPartitioner(3), sequence_length=1, batch_size=0, max_test_sequences=0
     )
-    found = {problem.key: problem.value for problem in data.check("data")}
+    found = {problem.key: problem.value for problem in data.check("data.init_args", Facts())}
     assert found == {
         "data.init_args.batch_size": 0,
         "data.init_args.eval_batch_size": 0,
@@ -127,7 +127,7 @@ def test_every_mistake_is_reported_at_once_with_its_key(corpus):
 def test_a_bad_corpus_is_reported(corpus, rows: dict, key: str, value: str):
     held_out = {"text": ["a"]}
     data = CausalLMDataModule(corpus(rows, held_out, held_out), IIDPartitioner(1))
-    (problem,) = data.check("data")
+    (problem,) = data.check("data.init_args", Facts())
     assert (problem.key, problem.value) == (f"data.init_args.{key}", value)
 
 
@@ -136,7 +136,7 @@ def test_a_corpus_that_cannot_be_read_is_reported_and_not_raised(corpus):
         def load(self, split: str):
             raise OSError("disk on fire")
 
-    problems = CausalLMDataModule(Broken({"text": ["a", "b"]}), IIDPartitioner(1)).check("data")
+    problems = CausalLMDataModule(Broken({"text": ["a", "b"]}), IIDPartitioner(1)).check("data.init_args", Facts())
     assert [problem.value for problem in problems] == ["train", "validation", "test"]
     assert all("disk on fire" in problem.remedy for problem in problems)
 

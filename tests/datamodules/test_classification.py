@@ -8,7 +8,7 @@ from PIL import Image as Pictures
 from transformers import RobertaConfig, ViTConfig, ViTForImageClassification
 
 from fedbe.datamodules import IIDPartitioner, ImageClassificationDataModule, SequenceClassificationDataModule
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 
 ROWS = {"text": ["good", "bad", "fine day", "poor"], "label": ["pos", "neg", "pos", "neg"]}
 
@@ -87,7 +87,8 @@ def test_what_is_scored_comes_in_batches_of_similar_length_and_each_sample_once(
     ],
 )
 def test_bad_labels_are_reported(corpus, rows: dict, held_out, key: str, value: object):
-    problem = SequenceClassificationDataModule(corpus(rows, held_out, held_out), IIDPartitioner(2)).check("data")[0]
+    data = SequenceClassificationDataModule(corpus(rows, held_out, held_out), IIDPartitioner(2))
+    problem = data.check("data.init_args", Facts())[0]
     assert (problem.key, problem.value) == (f"data.init_args.{key}", value)
 
 
@@ -143,7 +144,7 @@ def test_a_text_model_and_a_column_without_pictures_are_refused(corpus, llama_co
     with pytest.raises(ConfigError, match="does not take pictures"):
         data.connect(None, llama_config, seed=0)
     no_pictures = ImageClassificationDataModule(corpus(ROWS), IIDPartitioner(2), image_column="text")
-    assert [problem.key for problem in no_pictures.check("data")] == ["data.init_args.image_column"]
+    assert [problem.key for problem in no_pictures.check("data.init_args", Facts())] == ["data.init_args.image_column"]
 
 
 def test_a_missing_picture_is_reported(corpus):
@@ -151,5 +152,5 @@ def test_a_missing_picture_is_reported(corpus):
         {"image": [Pictures.new("RGB", (4, 4)), None], "label": [0, 1]},
         features=Features({"image": Image(), "label": Value("int64")}),
     )
-    (problem,) = ImageClassificationDataModule(corpus(rows), IIDPartitioner(2)).check("data")
+    (problem,) = ImageClassificationDataModule(corpus(rows), IIDPartitioner(2)).check("data.init_args", Facts())
     assert "1 rows of the train split have no picture" in problem.remedy

@@ -4,6 +4,7 @@ from pathlib import Path
 import torch
 
 from fedbe.datamodules import describe_partition
+from fedbe.errors import Facts
 
 EXAMPLE = Path(__file__).with_name("custom_example.py")
 
@@ -14,7 +15,7 @@ def test_the_readmes_data_module_works_and_is_short(tokenizer, llama_config):
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     data = example.SumsData(clients=3)
-    assert data.check() == []
+    assert data.check("data.init_args", Facts()) == []
     data.connect(tokenizer, llama_config, seed=0)
     data.prepare_data()
     data.setup("fit")

@@ -4,7 +4,7 @@ from jsonargparse import ArgumentParser
 
 from fedbe.data import FederatedDataModule
 from fedbe.datamodules import CausalLMDataModule, FlowerAdapter, IIDPartitioner
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 
 
 class Contiguous:
@@ -56,7 +56,7 @@ ROWS = Dataset.from_dict({"text": list("abcdefg")})
 def test_rows_of_each_partition_are_recovered_at_every_call():
     adapter = FlowerAdapter(Contiguous())
     expected = {"0": [0, 1, 2], "1": [3, 4], "2": [5, 6]}
-    assert adapter.check("data", ROWS) == []
+    assert adapter.check("data", Facts(dataset=ROWS)) == []
     assert adapter.partition(ROWS, seed=0) == adapter.partition(ROWS, seed=1) == expected
 
 
@@ -73,7 +73,7 @@ def test_natural_ids_name_the_clients():
     ],
 )
 def test_what_is_no_partition_of_the_rows_is_reported(partitioner: Contiguous, remedy: str):
-    (problem,) = FlowerAdapter(partitioner).check("data.init_args.partitioner.init_args", ROWS)
+    (problem,) = FlowerAdapter(partitioner).check("data.init_args.partitioner.init_args", Facts(dataset=ROWS))
     assert problem.key == "data.init_args.partitioner"
     assert remedy in problem.remedy
 
@@ -94,7 +94,7 @@ def test_a_configuration_names_one_by_its_class_path(tmp_path):
     arguments = {"corpus": corpus, "partitioner": partitioner}
     path = "fedbe.datamodules.CausalLMDataModule"
     data = parser.instantiate(parser.parse_object({"data": {"class_path": path, "init_args": arguments}})).data
-    assert data.check() == []
+    assert data.check("data.init_args", Facts()) == []
     assert data.partitioner.partitioner._num_partitions == 4
 
 

@@ -3,7 +3,7 @@ import torch
 
 from fedbe.data import IGNORED
 from fedbe.datamodules import IIDPartitioner, InstructionDataModule
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 
 CHAT = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
@@ -108,7 +108,7 @@ def test_batches_are_padded_with_an_attention_mask(corpus, tokenizer, llama_conf
     ],
 )
 def test_mistakes_are_reported_with_their_key(corpus, arguments: dict, key: str):
-    (problem,) = InstructionDataModule(corpus(ROWS), IIDPartitioner(1), **arguments).check("data")
+    (problem,) = InstructionDataModule(corpus(ROWS), IIDPartitioner(1), **arguments).check("data.init_args", Facts())
     assert problem.key == f"data.init_args.{key}"
     assert problem.value == arguments[key]
 

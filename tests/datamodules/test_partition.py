@@ -14,7 +14,7 @@ from fedbe.datamodules import (
     SizesPartitioner,
 )
 from fedbe.datamodules.partition import partition_problems
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 
 KEY = "data.init_args.partitioner.init_args"
 LABELS = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=8, max_size=60)
@@ -141,7 +141,7 @@ def test_numbered_clients_sort_in_order():
 )
 def test_a_mistake_is_reported_with_key_and_value_before_and_at_the_partition(partitioner, key: str, value: object):
     data = labelled(list("ab") * 5)
-    (problem,) = partitioner.check(KEY, data)
+    (problem,) = partitioner.check(KEY, Facts(dataset=data))
     assert (problem.key, problem.value) == (f"{KEY}.{key}", value)
     with pytest.raises(ConfigError, match=key):
         partitioner.partition(data, seed=0)

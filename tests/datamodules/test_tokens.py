@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbe.data import IGNORED, pad_samples
-from fedbe.datamodules.tokens import Ragged, TokenSamples, best_fit, pack_documents
+from fedbe.data.batch import IGNORED, lengthen, pad, pad_samples
+from fedbe.datamodules.tokens import TokenSamples, pack_documents
+from fedbe.text.packing import best_fit
+from fedbe.text.ragged import Ragged
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=40), min_size=1, max_size=20)
 
@@ -91,3 +93,18 @@ def test_tokens_are_stored_in_four_bytes_each_and_out_of_range_is_an_index_error
     assert sequences.tokens.element_size() == 4
     with pytest.raises(IndexError, match="outside 0 to 1"):
         sequences.span(2)
+
+
+def test_a_batch_that_is_made_longer_counts_positions_from_0_again():
+    given = {"input_ids": torch.tensor([[5, 6]]), "position_ids": torch.tensor([[3, 4]]), "token": torch.tensor([9])}
+    longer = {name: tensor.tolist() for name, tensor in lengthen(given, 4).items()}
+    assert longer == {"input_ids": [[5, 6, 0, 0]], "position_ids": [[3, 4, 0, 1]], "token": [9]}
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_rows_are_filled_up_at_the_right_to_the_longest_or_further(kind):
+    rows = [kind([1, 2, 3]), kind([4])]
+    assert pad(rows, 9).tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert pad(rows, 9, length=4).tolist() == [[1, 2, 3, 9], [4, 9, 9, 9]]
+    states = pad([torch.ones(2, 3), torch.ones(1, 3)], length=3)
+    assert states.shape == (2, 3, 3) and states.sum(-1).tolist() == [[3, 3, 0], [3, 0, 0]]

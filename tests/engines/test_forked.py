@@ -11,12 +11,13 @@ import torch
 from toy import ToyData, toy_loop
 
 from fedbe.algorithms import BlockExpansion, FedBE, FedIT, FedSALoRA, FLoRA, HetLoRA, LocalOnly, SLoRA
-from fedbe.engines import ForkedEngine
-from fedbe.engines.forked import check_workers
-from fedbe.errors import ConfigError
+from fedbe.engines import Forked, InProcess
+from fedbe.engines.forked import _answer, _news_of, _text_of, check_workers
+from fedbe.errors import ConfigError, Facts
 from fedbe.federation.callback import FederatedCallback
+from fedbe.messages import Failure, FitTask, Update, decode
 from fedbe.objectives import Scaffold
-from fedbe.prefix.store import PrefixReuse, Store
+from fedbe.prefix.store import News, PrefixReuse, Store
 
 pytestmark = pytest.mark.skipif(bool(check_workers(2, "")), reason="needs fork, and no accelerator")
 
@@ -33,12 +34,7 @@ ALGORITHMS = {
 
 
 def forked(folder: Path, workers: int, **options):
-    loop = toy_loop(folder, **options)
-    if "objective" in options:
-        loop.engine.objective = options["objective"]
-    if workers:
-        loop.engine = ForkedEngine(loop.engine, workers)
-    return loop
+    return toy_loop(folder, engine=Forked(workers) if workers else InProcess(), **options)
 
 
 def ran(folder: Path, workers: int, **options):
@@ -65,14 +61,16 @@ def test_results_do_not_depend_on_the_number_of_processes(tmp_path, name):
     alone, *others = (ran(tmp_path / str(n), n, algorithm=ALGORITHMS[name]()) for n in (0, 1, 3))
     for other in others:
         assert_same(alone.tensors(), other.tensors())
-        assert alone.record["downstream"] == other.record["downstream"]
-        assert list(alone.record["client_seconds"]) == list(other.record["client_seconds"])
+        assert alone.record.downstream == other.record.downstream
+        assert list(alone.record.client_seconds) == list(other.record.client_seconds)
+        assert alone.record.personalised == other.record.personalised
 
 
 def test_what_clients_keep_for_their_objective_comes_back(tmp_path):
     options = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
     alone, other = (ran(tmp_path / str(n), n, objective=Scaffold(), **options) for n in (0, 2))
-    assert other.objective_kept.keys() == {"client-0", "client-1", "client-2", "client-3"}
+    kept = {key.split("/")[3] for key in other.tensors() if key.startswith("engine/objective/")}
+    assert kept == {"client-0", "client-1", "client-2", "client-3"}
     assert_same(alone.tensors(), other.tensors())
 
 
@@ -83,7 +81,7 @@ def test_processes_share_what_frozen_blocks_compute(tmp_path, on_disk):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     alone = ran(tmp_path / "a" / "run", 0, **{**options, "algorithm": BlockExpansion([2])})
     other = ran(tmp_path / "b" / "run", 2, **{**options, "algorithm": BlockExpansion([2])})
-    assert_same(alone.state, other.state)
+    assert_same(alone.server.state, other.server.state)
     first, second = alone.summary["prefix"], other.summary["prefix"]
     assert first["sequences"] == second["sequences"]
     # Two clients of one round that have the same sequence compute it twice.
@@ -147,16 +145,15 @@ def test_what_happens_to_a_process_costs_its_clients_round_and_nothing_else(tmp_
 
 def test_a_client_that_hangs_within_a_step_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr("fedbe.engines.forked._GRACE_SECONDS", 0.5)
-    loop = forked(tmp_path / "run", 2, rounds=1, data=Trouble(lambda: time.sleep(600)))
-    loop.engine.clients.timeout_seconds = 2.0
+    loop = forked(tmp_path / "run", 2, rounds=1, data=Trouble(lambda: time.sleep(600)), timeout_seconds=2.0)
     loop.run()
-    [failure] = loop.record["failures"]
+    [failure] = loop.record.failures
     assert (failure["client"], failure["kind"]) == ("client-1", "timeout") and "2.5 s" in failure["reason"]
 
 
 def test_processes_end_with_their_round_however_it_ends(tmp_path):
     class Stop(FederatedCallback):
-        def on_client_end(self, loop, task, update):
+        def on_client_end(self, run, task, update):
             raise RuntimeError("enough")
 
     before = multiprocessing.active_children()
@@ -173,7 +170,7 @@ import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 from toy import ToyData, toy_loop
-from fedbe.engines import ForkedEngine
+from fedbe.engines import Forked
 
 HERE = os.getpid()
 
@@ -184,9 +181,7 @@ class Slow(ToyData):
             time.sleep(1.0)
         return super().client_dataset(client_id)
 
-loop = toy_loop(Path({str(tmp_path / "run")!r}), data=Slow())
-loop.engine = ForkedEngine(loop.engine, 2)
-loop.run()
+toy_loop(Path({str(tmp_path / "run")!r}), data=Slow(), engine=Forked(2)).run()
 """
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     processes = [int(run.stdout.readline()) for _ in range(2)]
@@ -214,9 +209,37 @@ def test_frozen_weights_are_in_memory_once(tmp_path):
 
 
 def test_impossible_numbers_of_processes_are_refused(tmp_path, monkeypatch):
-    engine = forked(tmp_path, 0).engine
-    with pytest.raises(ConfigError, match=r"federation\.workers = 0: give 1 or more"):
-        ForkedEngine(engine, 0)
+    with pytest.raises(ConfigError, match=r"engine\.init_args\.workers = 0: give 1 or more"):
+        forked(tmp_path / "run", 2).engine.__class__(0).start(None)
+    assert Forked(2).check("engine.init_args", Facts()) == []
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert check_workers(1, "k") == []
-    assert "without an accelerator" in check_workers(2, "k")[0].remedy
+    for workers in (1, 2):
+        [problem] = Forked(workers).check("engine.init_args", Facts())
+        assert problem.key == "engine.init_args.workers" and "fedbe.engines.InProcess" in problem.remedy
+
+
+def test_what_a_process_says_of_its_store_comes_back_without_pickle():
+    news = News({b"\x00\xff": (64, torch.Size([2, 3]), torch.bfloat16)}, {1: 128}, 3, 4)
+    assert _news_of(_text_of(news)) == news
+
+
+def test_what_cannot_travel_is_the_client_s_failure():
+    task = FitTask("a", 0, 0, {}, ())
+    sparse = Update("a", {"w": torch.eye(2).to_sparse()}, 1)
+    for outcome, kept in ((sparse, {}), (Update("a", {}, 1), {"tensors/w": torch.eye(2).to_sparse()})):
+        failure = decode(_answer(task, outcome, kept)[0])
+        assert isinstance(failure, Failure) and failure.kind == "update" and "cannot travel" in failure.reason
+
+
+def test_a_signal_to_the_whole_group_leaves_clients_to_the_one_that_started_them(tmp_path):
+    """As Ctrl-C at a terminal, and SIGTERM of a batch system or a service manager."""
+
+    class Signalled(ToyData):
+        def client_dataset(self, client_id):
+            if os.getpid() != HERE:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().client_dataset(client_id)
+
+    loop = ran(tmp_path / "run", 2, rounds=1, data=Signalled())
+    assert loop.record.failures == [] and len(loop.record.client_seconds) == 4

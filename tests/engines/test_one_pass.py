@@ -12,7 +12,7 @@ from toy import tiny_llama
 sys.path.append(str(Path(__file__).parent.parent / "expansion"))
 from families import FAMILIES, VOCABULARY, batch, perturb, tiny
 
-from fedbe.engines.one_pass.forward import OnePass, OnePassError, concatenated, padded
+from fedbe.engines.one_pass.forward import OnePass, OnePassError, concatenated
 from fedbe.engines.one_pass.trial import quickest, verify_one_pass
 from fedbe.expansion import block_parameter_names, enable_gradient_checkpointing, expand_blocks, head_parameter_names
 from fedbe.modeling.base_model import forward_options
@@ -143,12 +143,6 @@ def test_inputs_that_do_not_go_together_are_refused():
     packed = ids | {"position_ids": torch.tensor([[0, 0]])}
     with pytest.raises(OnePassError, match="how documents are packed"):
         concatenated([packed, packed | {"attention_mask": torch.ones(1, 2)}])
-
-
-def test_padded_positions_begin_anew():
-    given = {"input_ids": torch.tensor([[5, 6]]), "position_ids": torch.tensor([[3, 4]]), "token": torch.tensor([9])}
-    longer = {name: tensor.tolist() for name, tensor in padded(given, 4).items()}
-    assert longer == {"input_ids": [[5, 6, 0, 0]], "position_ids": [[3, 4, 0, 1]], "token": [9]}
 
 
 @pytest.mark.parametrize(

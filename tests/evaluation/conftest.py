@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ?."
 
@@ -24,8 +24,8 @@ class MemoryCorpus:
     def load(self, split: str) -> Dataset:
         return Dataset.from_dict(self.splits[split])
 
-    def check(self, key: str) -> list[Problem]:
-        return [Problem(key, "corpus", self.problem)] if self.problem else []
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        return [Problem(f"{key}.problem", "corpus", self.problem)] if self.problem else []
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import BertModel
 
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 from fedbe.evaluation import CentroidTask
 from fedbe.evaluation.centroid import embed, nearest_centroid
 
@@ -30,7 +30,7 @@ def test_classes_that_look_different_are_told_apart_and_shuffled_labels_are_not(
     scores = []
     for labels in (TEST["label"], TEST["label"][::-1]):
         task = CentroidTask(corpus(train=TRAIN, test=TEST | {"label": labels}), shots=2, episodes=4)
-        assert task.check("t") == []
+        assert task.check("t", Facts()) == []
         task.prepare(encoder, tokenizer, seed=0)
         scores.append(task.evaluate(encoder))
     assert (scores[0].score, scores[1].score) == (1.0, 0.0)

@@ -75,7 +75,7 @@ class WithoutTest(ToyData):
 def trained(tmp_path, task, rounds=3):
     loop = toy_loop(tmp_path / "run", rounds=rounds, data=WithoutTest(), general_tasks=[task])
     loop.setup()
-    start = loop.state
+    start = loop.server.state
     loop.folder.create({})
     for _ in range(rounds):
         loop.advance()
@@ -86,7 +86,7 @@ def test_a_trained_model_is_measured_from_the_base_up_on_validation_data_and_lef
     task = Agreement()
     loop, start = trained(tmp_path, task)
     names = [name for name, _ in loop.model.named_parameters()]
-    before, state = copy_tensors(loop.model, names), loop.state
+    before, state = copy_tensors(loop.model, names), loop.server.state
     measured = measure_dial(loop, start, [1, 0.5])
     assert [point.factor for point in measured] == [0, 0.5, 1]
     assert measured[0].retention == {"mean": 1, "agreement": 1}
@@ -95,15 +95,15 @@ def test_a_trained_model_is_measured_from_the_base_up_on_validation_data_and_lef
     assert measured[2].mean_retention == pytest.approx(task.evaluate(loop.model).score)
     assert measured[2].mean_retention < measured[1].mean_retention <= 1
     after = copy_tensors(loop.model, names)
-    assert loop.state is state and all(torch.equal(before[name], after[name]) for name in names)
+    assert loop.server.state is state and all(torch.equal(before[name], after[name]) for name in names)
 
 
 def test_a_model_is_left_as_it_was_when_a_task_fails(tmp_path):
     loop, start = trained(tmp_path, Agreement(fails=True), rounds=1)
-    before = copy_tensors(loop.model, loop.state)
+    before = copy_tensors(loop.model, loop.server.state)
     with pytest.raises(RuntimeError):
         measure_dial(loop, start, [0.5])
-    after = copy_tensors(loop.model, loop.state)
+    after = copy_tensors(loop.model, loop.server.state)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

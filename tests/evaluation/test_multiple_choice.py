@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 from fedbe.evaluation import ContinuationTask, MultipleChoiceTask
 from fedbe.evaluation.multiple_choice import Item, answer_index, encode, log_likelihoods, pick, score_items
 
@@ -58,7 +58,7 @@ def test_items_are_scored_by_hand(model):
 
 def test_questions_are_encoded_as_running_text(model, tokenizer, corpus):
     task = MultipleChoiceTask(corpus(test=QUESTIONS), template="q. {question} a. ")
-    assert task.check("t") == []
+    assert task.check("t", Facts()) == []
     task.prepare(model, tokenizer, seed=0)
     first = task.items[0]
     assert tokenizer.decode(first.context) == "<s>q. what is it? a."
@@ -90,7 +90,7 @@ def test_an_answer_that_is_no_choice_is_refused_with_its_question(model, tokeniz
 
 def test_a_missing_column_or_a_template_without_the_question_is_reported(corpus):
     task = MultipleChoiceTask(corpus(test=QUESTIONS), question_column="goal", template="Q:")
-    problems = {problem.key: problem.remedy for problem in task.check("t")}
+    problems = {problem.key: problem.remedy for problem in task.check("t", Facts())}
     assert "{question}" in problems["t.template"]
     assert "no such column" in problems["t.corpus"]
 

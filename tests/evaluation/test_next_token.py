@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 from fedbe.evaluation import NextTokenTask, SampledTextTask
 from fedbe.text.packing import pack
 from fedbe.text.sampling import draw, sample_sequences
@@ -22,7 +22,7 @@ def test_few_items_are_spread_over_many():
 
 def test_next_token_score_is_that_of_a_loop(model, tokenizer, corpus):
     task = NextTokenTask(corpus(test={"text": ["abcdefg", "", "xyz"]}), sequence_length=8)
-    assert task.check("general_tasks[0]") == []
+    assert task.check("general_tasks[0]", Facts()) == []
     task.prepare(model, tokenizer, seed=0)
     score = task.evaluate(model)
     assert tokenizer.batch_decode(task.tokens) == ["<s>abcdefg", "<s>xyz<s><s><s><s>"]
@@ -47,24 +47,25 @@ def test_the_scored_text_does_not_depend_on_the_seed(model, tokenizer, corpus):
 
 
 @pytest.mark.parametrize(
-    ("splits", "remedy"),
+    ("splits", "key", "remedy"),
     [
-        ({"test": {"text": ["", "  "]}}, "has no text"),
-        ({"test": {"content": ["abc"]}}, "no such column"),
-        ({"train": {"text": ["abc"]}}, "cannot be loaded"),
-        ({"problem": "there is no such file."}, "there is no such file"),
+        ({"test": {"text": ["", "  "]}}, "corpus", "has no text"),
+        ({"test": {"content": ["abc"]}}, "corpus", "no such column"),
+        ({"train": {"text": ["abc"]}}, "corpus", "cannot be loaded"),
+        ({"problem": "there is no such file."}, "corpus.init_args.problem", "there is no such file"),
     ],
 )
-def test_a_corpus_that_cannot_be_scored_is_reported_before_work_starts(corpus, splits, remedy):
-    (problem,) = NextTokenTask(corpus(**splits)).check("general_tasks[0]")
-    assert problem.key == "general_tasks[0].corpus"
+def test_a_corpus_that_cannot_be_scored_is_reported_before_work_starts(corpus, splits, key, remedy):
+    (problem,) = NextTokenTask(corpus(**splits)).check("general_tasks[0].init_args", Facts())
+    assert problem.key == f"general_tasks[0].init_args.{key}"
     assert remedy in problem.remedy
 
 
 def test_bad_numbers_are_all_reported(corpus):
     task = NextTokenTask(corpus(test={"text": ["a"]}), sequence_length=1, max_sequences=0, batch_size=0)
-    assert [p.key for p in task.check("t")] == ["t.sequence_length", "t.max_sequences", "t.batch_size"]
-    assert [p.key for p in SampledTextTask(sequences=0, temperature=0.0).check("t")] == ["t.sequences", "t.temperature"]
+    assert [p.key for p in task.check("t", Facts())] == ["t.sequence_length", "t.max_sequences", "t.batch_size"]
+    own_text = SampledTextTask(sequences=0, temperature=0.0)
+    assert [p.key for p in own_text.check("t", Facts())] == ["t.sequences", "t.temperature"]
 
 
 def test_text_without_a_tokenizer_is_refused(model, corpus):

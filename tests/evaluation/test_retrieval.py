@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, Facts
 from fedbe.evaluation import RetrievalTask
 from fedbe.evaluation.retrieval import found_first
 
@@ -19,7 +19,7 @@ def test_a_query_finds_its_own_text_among_others_and_not_in_anothers_row(encoder
     scores = []
     for answers in (TEXTS, TEXTS[1:] + TEXTS[:1]):
         task = RetrievalTask(corpus(test={"question": TEXTS, "answer": answers}), "question", "answer")
-        assert task.check("t") == []
+        assert task.check("t", Facts()) == []
         task.prepare(encoder, tokenizer, seed=0)
         scores.append(task.evaluate(encoder).score)
     assert scores == [1.0, 0.0]
@@ -27,7 +27,7 @@ def test_a_query_finds_its_own_text_among_others_and_not_in_anothers_row(encoder
 
 def test_a_missing_column_and_a_single_item_are_refused(encoder, tokenizer, corpus):
     rows = corpus(test={"question": TEXTS})
-    assert [p.key for p in RetrievalTask(rows, "question", "answer", max_items=1).check("t")] == [
+    assert [p.key for p in RetrievalTask(rows, "question", "answer", max_items=1).check("t", Facts())] == [
         "t.max_items",
         "t.corpus",
     ]

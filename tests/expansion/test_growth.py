@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from transformers import PreTrainedModel
 
-from fedbe.errors import ExpansionError
+from fedbe.errors import ExpansionError, Facts
 from fedbe.expansion import Expansion, block_parameter_names, expand_blocks, load, remove_blocks, save_model
 from fedbe.expansion.growth import Plateau, grow
 from tests.expansion.families import FAMILIES, GATED, logits, perturb, tiny
@@ -174,5 +174,8 @@ def test_plateau_continues_from_its_state(cut: int) -> None:
 
 
 def test_plateau_reports_numbers_out_of_range() -> None:
-    assert [problem.key for problem in Plateau(0, -1.0).check("growth")] == ["growth.patience", "growth.min_gain"]
-    assert not Plateau().check()
+    assert [problem.key for problem in Plateau(0, -1.0).check("growth", Facts())] == [
+        "growth.patience",
+        "growth.min_gain",
+    ]
+    assert not Plateau().check("growth", Facts())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbe.errors import UpdateError
+from fedbe.errors import Facts, UpdateError
 from fedbe.expansion.placement import (
     AdaptivePlacement,
     Choice,
@@ -20,8 +20,8 @@ from fedbe.expansion.placement import (
     appraise,
     share_left,
 )
-from fedbe.expansion.probe import ProbeReport
 from fedbe.figures.placement import placement_figure
+from fedbe.messages import ProbeReport
 from fedbe.seeding import generator
 
 SCORES = (1.0, 4.0, 3.9, 1.0, 2.0, 0.1)
@@ -159,7 +159,7 @@ def test_next_position_is_what_a_longer_choice_takes_next() -> None:
 def test_fixed_placement_listens_to_nobody_and_does_not_grow() -> None:
     placement = FixedPlacement([2, 0, 2])
     choice = placement.choose([], 4)
-    assert choice.positions == (0, 2, 2) and not placement.needs_reports
+    assert choice.positions == (0, 2, 2) and not placement.needs
     assert placement.next_position(choice, choice.positions) is None
     assert [reason.why for reason in choice.reasons] == ["given", "not given", "given", "not given"]
     assert FixedPlacement(2).choose([], 4).positions == (1, 3)
@@ -207,7 +207,7 @@ def _with_seed(blocks: int, seed: int) -> RandomPlacement:
     ],
 )
 def test_arguments_out_of_range_are_reported_all_at_once(placement: Placement, keys: list[str]) -> None:
-    assert [problem.key for problem in placement.check(4, "x.placement")] == [
+    assert [problem.key for problem in placement.check("x.placement.init_args", Facts(depth=4))] == [
         f"x.placement.init_args.{k}" for k in keys
     ]
 

@@ -1,6 +1,5 @@
 """The probe: its scores against finite differences, the model afterwards, the projection."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,13 +14,13 @@ from fedbe.errors import ExpansionError
 from fedbe.expansion import Expansion, expand_blocks, freeze
 from fedbe.expansion.identity import target_parameters
 from fedbe.expansion.probe import (
-    ProbeReport,
     count_sketch,
     identity_blocks,
     identity_rule,
     probe_client,
     probe_gradients,
 )
+from fedbe.messages import decode, encode
 from fedbe.seeding import generator
 from tests.expansion.families import FAMILIES, batch, logits, tiny
 
@@ -170,9 +169,9 @@ def test_client_reports_samples_scores_and_an_equal_projection_for_all() -> None
     assert first.sketch is not None and len({row for row in first.sketch}) == 4
     for score, row in zip(first.scores, first.sketch, strict=True):
         assert torch.tensor(row).norm().item() == pytest.approx(score, rel=0.5)
-    assert ProbeReport.from_dict(json.loads(json.dumps(first.to_dict()))) == first
+    assert decode(encode(first)) == first
     plain = probe_client(model, batches, "a", rule)
-    assert plain.sketch is None and ProbeReport.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
+    assert plain.sketch is None and decode(encode(plain)) == plain
 
 
 def test_another_seed_projects_otherwise() -> None:

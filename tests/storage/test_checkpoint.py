@@ -14,9 +14,9 @@ from toy import resumed, tiny_llama, toy_loop
 
 import fedbe.storage.checkpoint
 from fedbe.callbacks import CheckpointCallback
-from fedbe.config.build import stopping_on_interrupt
 from fedbe.errors import ConfigError, FedBEError
 from fedbe.federation.callback import FederatedCallback
+from fedbe.federation.interrupts import stopping_on_interrupt
 from fedbe.storage.checkpoint import Checkpoints, load_tensors, read_checkpoint, save_tensors
 from fedbe.storage.files import replacing
 from fedbe.storage.metrics_file import MetricsFile

@@ -1,35 +1,32 @@
 """FedBE: blocks where clients gain most by them, and each client trains those that suit its data and its device."""
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from itertools import chain, islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from fedbe.algorithms.blocks.block_expansion import BlockExpansion
+from fedbe.adaptation.base import Adaptation
+from fedbe.adaptation.placed_blocks import PlacedBlocks
+from fedbe.algorithms.base import Algorithm, Strategy
 from fedbe.allocation.allocator import Allocation, Allocator
 from fedbe.allocation.best_sets import CohortCosts
+from fedbe.allocation.capabilities import Capabilities
 from fedbe.allocation.scores import GradientScore, Score
-from fedbe.data import Batch
-from fedbe.errors import Problem
-from fedbe.expansion import block_parameter_names
-from fedbe.expansion.growth import Plateau, grow
-from fedbe.expansion.identity import target_parameters
+from fedbe.errors import Facts, Problem, UpdateError
+from fedbe.expansion.growth import Plateau
 from fedbe.expansion.placement import AdaptivePlacement, Choice, Placement
-from fedbe.expansion.probe import ProbeReport, probe_client
-from fedbe.messages import ClientTask, Update
+from fedbe.messages import FitTask, ProbeReport, Structure, Update
 from fedbe.seeding import generator
+from fedbe.traits import ALL, Trait
 
 GRADIENT = "gradient_norm/"
 
 
-class FedBE(BlockExpansion):
-    """Place identity blocks by what clients report of the base model, and allocate them anew in each round.
+class FedBE(Algorithm):
+    """Place identity blocks by what clients report of the base model, and allocate them in each round.
 
     Before round 1 some clients probe: one backward pass per batch tells them what a block at each position would gain;
     `placement` decides. In each round a client gets the blocks of the highest total score that it can train within
@@ -64,147 +61,162 @@ class FedBE(BlockExpansion):
         probe_batches: int = 2,
         sketch: int = 64,
     ) -> None:
-        super().__init__()
-        self.placement = placement or AdaptivePlacement()
-        self.score = score or GradientScore()
-        self.allocator = allocator or Allocator()
+        strategy = FedBEStrategy(
+            placement or AdaptivePlacement(),
+            score or GradientScore(),
+            allocator or Allocator(),
+            round_seconds,
+            round_growth,
+            plateau,
+            probe_clients,
+        )
+        super().__init__(PlacedBlocks(probe_batches, sketch, "labels" in strategy.score.probe_fields), strategy)
+
+
+class FedBEStrategy(Strategy):
+    """The server's side of FedBE: it places blocks, allocates them, and has the model grow.
+
+    What is trained has `Blocks` whose units are named ``block_…``; all other units are trained by whoever trains one.
+
+    Args:
+        placement: See `FedBE`, as the others.
+        score: What each block is worth to each client.
+        allocator: How many clients should train each block.
+        round_seconds: Time that a client may take in round 1.
+        round_growth: Factor on that time from one round to the next.
+        plateau: When to insert one more block.
+        probe_clients: Most clients that probe.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        score: Score,
+        allocator: Allocator,
+        round_seconds: float | None,
+        round_growth: float,
+        plateau: Plateau | None,
+        probe_clients: int,
+    ) -> None:
+        self.placement, self.score, self.allocator = placement, score, allocator
         self.round_seconds, self.round_growth, self.plateau = round_seconds, round_growth, plateau
-        self.probe_clients, self.probe_batches, self.sketch = probe_clients, probe_batches, sketch
+        self.probe_clients = probe_clients
+        self.needs = placement.needs | score.needs
+        self.offers = ALL - {Trait.FIXED_STRUCTURE} if plateau else ALL
         self.choice: Choice | None = None
         self._reports: Sequence[ProbeReport] = ()
         self._clients: Sequence[str] = ()
         self._allocation: Allocation | None = None
-        self._model: PreTrainedModel | None = None
-        self._writers: Mapping[str, tuple[str, ...]] = {}
 
-    def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in these arguments, those of placement, score and plateau among them."""
-        key = f"{key}.init_args"
         problems = [
-            *self.placement.check(depth, f"{key}.placement"),
-            *self.score.check(f"{key}.score"),
-            *self.allocator.check(f"{key}.allocator"),
-            *(self.plateau.check(f"{key}.plateau") if self.plateau else []),
+            *self.placement.check(f"{key}.placement.init_args", facts),
+            *self.score.check(f"{key}.score.init_args", facts),
+            *self.allocator.check(f"{key}.allocator", facts),
+            *(self.plateau.check(f"{key}.plateau", facts) if self.plateau else []),
         ]
         if self.round_seconds is not None and not self.round_seconds > 0:
             problems.append(Problem(f"{key}.round_seconds", self.round_seconds, "give seconds above 0, or null"))
         if not 1 <= self.round_growth < math.inf:
             problems.append(Problem(f"{key}.round_growth", self.round_growth, "give a finite factor of 1 or more"))
-        for name, least in (("probe_clients", 1), ("probe_batches", 1), ("sketch", 0)):
-            if getattr(self, name) < least:
-                problems.append(Problem(f"{key}.{name}", getattr(self, name), f"give {least} or more"))
+        if self.probe_clients < 1:
+            problems.append(Problem(f"{key}.probe_clients", self.probe_clients, "give 1 or more"))
         return problems
 
-    @property
-    def reports(self) -> str | None:
-        """What it needs to know of clients' data: by its placement or by its score."""
-        if self.placement.needs_reports:
-            return "their probe of the base model; give fedbe.expansion.FixedPlacement"
-        return "scores of blocks; give fedbe.allocation.RandomScore or StaticScore" if self.score.learns else None
-
     def probed(self, client_ids: Sequence[str]) -> Sequence[str]:
-        """Return the clients that probe, in their order; none if the placement does not ask."""
+        """Return the clients that probe, in their order: all where the score needs it of all, else a draw or none."""
         self._clients = tuple(client_ids)
-        if self.score.needs_labels:
+        if self.score.probe_fields:
             return client_ids
-        if not self.placement.needs_reports:
+        if Trait.SERVER_SEES_REPORTS not in self.placement.needs:
             return ()
         order = torch.randperm(len(client_ids), generator=generator(self.seed, "probing clients")).tolist()
         return [client_ids[index] for index in sorted(order[: self.probe_clients])]
 
-    def probe(self, model: PreTrainedModel, client_id: str, batches: Iterator[Batch]) -> ProbeReport:
-        """Return what a block at each position would gain a client, and where needed how often it has each label."""
-        few = list(islice(batches, self.probe_batches))
-        report = probe_client(model, few, client_id, sketch_dimension=self.sketch, seed=self.seed)
-        return replace(report, labels=label_counts(chain(few, batches))) if self.score.needs_labels else report
+    def place(self, reports: Sequence[ProbeReport], depth: int) -> Structure:
+        """Choose the positions, and keep the reports for the score."""
+        self._reports, self.placement.seed = reports, self.seed
+        self.choice = self.placement.choose(reports, depth, relative_costs(depth))
+        return {"positions": list(self.choice.positions)}
 
-    def place(self, reports: Sequence[ProbeReport]) -> None:
-        """Keep the reports for `prepare`."""
-        self._reports = reports
-
-    def prepare(self, model: PreTrainedModel, inputs: Batch) -> None:
-        """Choose the positions, and insert the blocks."""
-        depth = model.config.get_text_config().num_hidden_layers
-        self.placement.seed = self.seed
-        self.choice = self.placement.choose(self._reports, depth, relative_costs(depth))
-        self.positions = list(self.choice.positions)
-        super().prepare(model, inputs)
-        self._name_units(model)
-        self._model = model
+    def setup(self, adaptation: Adaptation) -> None:
+        """Tell the score which blocks there are, and what clients that probed have reported of them."""
+        super().setup(adaptation)
         labels = {report.client_id: report.labels for report in self._reports if report.labels is not None}
         self.score.setup(self._clients, self._blocks, self.seed, of_equal_length(labels) or None)
         for report in self._reports:
-            self.score.probe(report.client_id, self._by_block(report.scores))
+            at = zip(self._blocks, self._positions, strict=True)
+            self.score.probe(report.client_id, {block: report.scores[position] for block, position in at})
 
     def allocate(self, cohort: Sequence[str], round_index: int) -> dict[str, tuple[str, ...]]:
         """Return for each client the blocks that are worth most to it, of those that it can afford."""
         if self.capabilities is None:
             return super().allocate(cohort, round_index)
         values = self.score.values(cohort, round_index)
-        self._allocation = self.allocator.allocate(cohort, self._blocks, values, self._costs(cohort, round_index))
-        always = tuple(unit for unit in self.units() if unit not in self._blocks)
+        costs = self._costs(self.capabilities, cohort, round_index)
+        self._allocation = self.allocator.allocate(cohort, self._blocks, values, costs)
+        always = tuple(unit for unit in self.adaptation.units() if unit not in self._blocks)
         return {c.client_id: (*c.blocks, *always) if c.blocks else () for c in self._allocation.clients}
 
     def explanation(self) -> dict[str, Any]:
         """Return why the blocks are where they are, and who trains which of them why."""
-        told: dict[str, Any] = {"positions": list(self.expansion.positions)}
+        told: dict[str, Any] = {"positions": self._positions}
         if self._allocation is None:
             return told | {"placement": self.choice.to_dict() if self.choice else None}
         clients = {client.client_id: asdict(client) for client in self._allocation.clients}
         return told | {"clients": clients, "missing_trainers": self._allocation.missing}
 
-    def watched(self, trainable_names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-        """Return what a client measures of the blocks it trains: as in the probe, what began as zeros."""
-        trained = set(trainable_names)
-        return {block: names for block, names in self._writers.items() if trained.issuperset(names)}
+    def check_report(self, task: FitTask, update: Update) -> None:
+        """Refuse an update of which a metric is no number, or one that the score could not use.
 
-    def observe(self, task: ClientTask, update: Update) -> None:
+        Raises:
+            UpdateError: It is so; the message names the client, and the metric or the block.
+        """
+        self.score.check_report(task.client_id, *reported(task.client_id, update.metrics))
+
+    def observe(self, task: FitTask, update: Update) -> None:
         """Let the score learn from what a client reports."""
-        norms = {k.removeprefix(GRADIENT): v for k, v in update.metrics.items() if k.startswith(GRADIENT)}
-        first, last = update.metrics.get("first_loss"), update.metrics.get("last_loss")
-        self.score.observe(task.client_id, norms, first, last, task.round_index)
+        self.score.observe(task.client_id, *reported(task.client_id, update.metrics), task.round_index)
 
-    @property
-    def grows(self) -> bool:
-        """Whether blocks are added on a plateau."""
-        return self.plateau is not None
-
-    def grow(self, model: PreTrainedModel, inputs: Batch, record: Mapping[str, Any]) -> Mapping[str, str] | None:
-        """Insert the next best block when the downstream score has stopped rising."""
+    def grow(self, record: Mapping[str, Any]) -> Structure | None:
+        """Return the structure with the next best block when the downstream score has stopped rising."""
         downstream = record["downstream"]
         if self.plateau is None or downstream is None or not self.plateau.update(downstream["accuracy"]):
             return None
-        position = self._next_position()
-        return None if position is None else self._insert(model, position, inputs)
+        position = None if self.choice is None else self.placement.next_position(self.choice, self._positions)
+        if position is None:
+            return None
+        return {**self.adaptation.structure(), "positions": sorted([*self._positions, position])}
+
+    def restructured(self, renamed: Mapping[str, str]) -> None:
+        """Tell the score which blocks there are now."""
+        self.score.block_names = tuple(self._blocks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return positions, plateau and scores."""
+        """Return plateau and scores."""
         plateau = self.plateau.state_dict() if self.plateau else None
-        return {
-            "positions": list(self.expansion.positions), "plateau": plateau, "score": self.score.state_dict()
-        }  # fmt: skip
+        return {"plateau": plateau, "score": self.score.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`; blocks that were inserted meanwhile are inserted again."""
-        missing = list(state["positions"])
-        for position in self.expansion.positions:
-            missing.remove(position)
-        for position in missing:
-            self._insert(self._require_model(), position, None)
+        """Continue from a `state_dict`."""
         if self.plateau is not None:
             self.plateau.load_state_dict(state["plateau"])
         self.score.load_state_dict(state["score"])
 
     @property
+    def _positions(self) -> list[int]:
+        """Where the blocks are, the lowest first."""
+        return list(self.adaptation.structure()["positions"])
+
+    @property
     def _blocks(self) -> list[str]:
         """The units that are blocks, the lowest first."""
-        return [unit for unit in self.units() if unit.startswith("block_")]
+        return [unit for unit in self.adaptation.units() if unit.startswith("block_")]
 
-    def _costs(self, cohort: Sequence[str], round_index: int) -> CohortCosts:
-        """Return what blocks cost the cohort, the head's share in what every set costs."""
-        if self.capabilities is None:
-            raise RuntimeError("costs are known where clients' devices are simulated")
-        capabilities, units = self.capabilities, self.units()
+    def _costs(self, capabilities: Capabilities, cohort: Sequence[str], round_index: int) -> CohortCosts:
+        """Return what blocks cost the cohort, the head's share in what every set costs; a gate counts as nothing."""
+        units = next(part.units() for part in self.adaptation.parts if part.expansion is not None)
         costs = capabilities.unit_costs(units)
         rows = [costs.names.index(block) for block in self._blocks]
         always = [costs.names.index(unit) for unit in units if unit not in self._blocks]
@@ -228,38 +240,37 @@ class FedBE(BlockExpansion):
         """Return `round_growth` to the power of the round; large, not an overflow, after thousands of rounds."""
         return math.exp(min(round_index * math.log(self.round_growth), 300.0))
 
-    def _next_position(self) -> int | None:
-        return None if self.choice is None else self.placement.next_position(self.choice, self.expansion.positions)
 
-    def _insert(self, model: PreTrainedModel, position: int, inputs: Batch | None) -> dict[str, str]:
-        self._expansion, renamed = grow(model, self.expansion, position, inputs=inputs)
-        self.positions = list(self.expansion.positions)
-        self._name_units(model)
-        self.score.block_names = tuple(self._blocks)
-        return renamed
+def reported(client_id: str, metrics: Mapping[str, Any]) -> tuple[dict[str, float], float | None, float | None]:
+    """Return what a client's metrics say to a score.
 
-    def _name_units(self, model: PreTrainedModel) -> None:
-        """Name blocks by their positions, which stay when more are inserted; of several at one the upper count on."""
-        seen: Counter[int] = Counter()
-        labels = []
-        for position in self.expansion.positions:
-            labels.append(f"{position}.{seen[position]}" if seen[position] else str(position))
-            seen[position] += 1
-        self._set_units(model, dict(zip(labels, block_parameter_names(model, self.expansion).values(), strict=True)))
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._writers = {
-            unit: tuple(names[id(p)] for p in target_parameters(self.expansion.rule, block))
-            for unit, block in zip(self._blocks, self.expansion.blocks(model), strict=True)
-        }
+    Args:
+        client_id: The client.
+        metrics: `Update.metrics`.
 
-    def _by_block(self, scores: Sequence[float]) -> dict[str, float]:
-        """Return the probe's scores of the positions where there are blocks now."""
-        return {b: scores[position] for b, position in zip(self._blocks, self.expansion.positions, strict=True)}
+    Returns:
+        The gradient norm of each block that it trained, and its loss at its first and at its last step, ``None`` where
+        not measured.
 
-    def _require_model(self) -> PreTrainedModel:
-        if self._model is None:
-            raise RuntimeError("the model is known after `prepare` has been called")
-        return self._model
+    Raises:
+        UpdateError: One of these metrics is no number; the message names the client and the metric.
+    """
+    numbers = {
+        name: _number(f"client {client_id!r} reports {name!r}", value)
+        for name, value in metrics.items()
+        if name.startswith(GRADIENT) or name in ("first_loss", "last_loss")
+    }
+    norms = {name.removeprefix(GRADIENT): number for name, number in numbers.items() if name.startswith(GRADIENT)}
+    return norms, numbers.get("first_loss"), numbers.get("last_loss")
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UpdateError(f"{what} as {value!r}, which is no number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise UpdateError(f"{what} as a number that is too large") from None
 
 
 def relative_costs(depth: int) -> list[float]:
@@ -268,16 +279,6 @@ def relative_costs(depth: int) -> list[float]:
     Its own forward pass and gradients, 3, and the backward pass through the blocks above it. Source: ours.
     """
     return [3.0 + (depth - 1 - position) for position in range(depth)]
-
-
-def label_counts(batches: Iterable[Batch]) -> tuple[int, ...]:
-    """Return how often each class, or each token, is a label in a client's batches."""
-    counts = torch.zeros(0, dtype=torch.long)
-    for batch in batches:
-        labels = batch["labels"]
-        now = torch.bincount(labels[labels >= 0].flatten().cpu(), minlength=len(counts))
-        counts = now + torch.nn.functional.pad(counts, (0, len(now) - len(counts)))
-    return tuple(counts.tolist())
 
 
 def of_equal_length(counts: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

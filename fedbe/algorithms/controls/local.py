@@ -1,23 +1,12 @@
 """Baseline: no federation, each client fine-tunes a model of its own."""
 
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from fedbe.aggregation import Aggregator, HolderMean
 from fedbe.algorithms.base import Algorithm
-from fedbe.algorithms.controls.wrapper import Wrapper
-from fedbe.data import Batch
-from fedbe.errors import Problem
-from fedbe.expansion import ExportReport
-from fedbe.messages import ClientTask
-from fedbe.modeling.tensors import copy_tensors, load_tensors
+from fedbe.algorithms.topology import Apart, Federated
+from fedbe.errors import Facts, Problem
+from fedbe.traits import Trait
 
 
-class LocalOnly(Wrapper):
+class LocalOnly(Algorithm):
     """Each client trains what another algorithm would train, from the same start, and nothing is averaged or sent.
 
     A client goes on from where it stopped when it took part last. The global model stays the untrained start: it is
@@ -30,43 +19,29 @@ class LocalOnly(Wrapper):
     """
 
     def __init__(self, algorithm: Algorithm) -> None:
-        super().__init__(algorithm)
-        self.personalised = True
-        self.aggregates = False
-        self._start: dict[str, Tensor] = {}
+        self.algorithm = algorithm
+        super().__init__(algorithm.adaptation, algorithm.strategy, Apart())
 
-    def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
+    def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the other algorithm's configuration, or why it cannot train locally."""
-        inner = self.algorithm
-        if inner.personalised or inner.restarts or not inner.aggregates:
+        inner, at = self.algorithm, f"{key}.algorithm"
+        wanted = self.topology.needs | {Trait.GLOBAL_MODEL, Trait.AGGREGATION}
+        if not wanted <= inner.offers:
             remedy = "clients cannot go on from their own tensors alone: name one with a lasting global model"
-            return [Problem(f"{key}.init_args.algorithm", type(inner).__name__, remedy)]
-        return super().check(depth, key)
+            if wanted - inner.offers == {Trait.FIXED_STRUCTURE}:
+                remedy = "its model grows on a plateau of the global score, and here that never moves: leave that out"
+            return [Problem(at, type(inner).__name__, remedy)]
+        return [*check_topology(inner, at), *inner.check(f"{at}.init_args", facts)]
 
-    def prepare(self, model: PreTrainedModel, inputs: Batch) -> None:
-        """Prepare the other algorithm and note the start, which each client can build for itself."""
-        super().prepare(model, inputs)
-        self._start = copy_tensors(model, self.trainable_names)
 
-    def send(self, state: Mapping[str, Tensor], client_id: str) -> Mapping[str, Tensor]:
-        """Return nothing."""
-        return {}
+def check_topology(algorithm: Algorithm, key: str) -> list[Problem]:
+    """Return a problem when an algorithm that is to say what is trained says who trains it as well.
 
-    def begin(self, model: PreTrainedModel, task: ClientTask) -> None:
-        """Load the start, and over it what the client has trained so far."""
-        load_tensors(model, {**self._start, **task.kept})
-
-    def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Send nothing; keep what was trained, now and before."""
-        return {}, {**task.kept, **copy_tensors(model, task.trainable_names)}
-
-    def aggregator(self, state: Mapping[str, Tensor]) -> Aggregator:
-        """Return the mean over holders, of which there are none."""
-        return HolderMean(state)
-
-    def export(
-        self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None
-    ) -> ExportReport:
-        """Write the untrained start."""
-        report = super().export(model, directory, tokenizer)
-        return replace(report, reason=f"{report.reason} It is the start: clients keep what they trained to themselves.")
+    Args:
+        algorithm: The algorithm in another one's argument.
+        key: Dotted key of that argument.
+    """
+    if isinstance(algorithm.topology, Federated):
+        return []
+    remedy = "says itself on whose data is trained: name the algorithm that it has in it"
+    return [Problem(key, type(algorithm).__name__, remedy)]

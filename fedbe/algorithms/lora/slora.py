@@ -1,6 +1,7 @@
 """SLoRA: a sparse stage finds where adapters should start, then they are trained as in FedIT."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,213 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedbe.adaptation.adapters import Adapters
+from fedbe.adaptation.base import Tensors
 from fedbe.adaptation.lora_layers import save_merged
 from fedbe.aggregation import Aggregator, HolderMean
 from fedbe.aggregation.low_rank import leading, live_factors
-from fedbe.algorithms.lora.base import LoRA
+from fedbe.algorithms.base import Algorithm
+from fedbe.algorithms.lora.strategy import FactorStrategy
 from fedbe.data import Batch
-from fedbe.errors import Problem
+from fedbe.errors import Facts, Problem
 from fedbe.expansion import ExportReport
-from fedbe.messages import ClientTask
-from fedbe.modeling.tensors import copy_tensors, load_tensors
+from fedbe.messages import FitTask, Structure
+from fedbe.modeling.tensors import copy_tensors, parameters_of
 from fedbe.seeding import generator
+from fedbe.traits import Trait, Traits
 
 
-class SLoRA(LoRA):
+class SparseAdapters(Adapters):
+    """Adapters, and before them a fixed random part of the adapted layers' own weights.
+
+    A client trains the weights in a round whose task names them, with gradients under the mask alone, and only the
+    values under it travel; in any other round the weights are the base's and the factors are trained.
+
+    Args:
+        rank: Rank of the adapters.
+        alpha: An adapter adds alpha/r·BA.
+        density: Part of the adapted layers' weights that may be trained.
+        options: See `LoRA`.
+
+    Attributes:
+        base: The base weights by exact name; available after `prepare`.
+        places: The flat indices under the mask of each weight, in rising order; available after `prepare`.
+    """
+
+    def __init__(self, rank: int = 8, alpha: float = 16.0, density: float = 0.01, **options: Any) -> None:
+        super().__init__(rank, alpha, **options)
+        self.density = density
+        self.base: Mapping[str, Tensor] = {}
+        self.places: Mapping[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in these arguments."""
+        problems = super().check(key, facts)
+        if not 0 < self.density <= 1:
+            problems.append(Problem(f"{key}.density", self.density, "a part lies in (0, 1]"))
+        return problems
+
+    def prepare(self, model: PreTrainedModel, inputs: Batch, structure: Structure | None = None) -> None:
+        """Put in adapters, keep the base weights, and draw the mask."""
+        super().prepare(model, inputs, structure)
+        self.base = copy_tensors(model, self.weight_names)
+        self.places = {name: self._draw(name, weight) for name, weight in self.base.items()}
+
+    @property
+    def trainable_names(self) -> tuple[str, ...]:
+        """Exact names of the adapted layers' weights, the factors, and a new task head."""
+        return (*self.weight_names, *super().trainable_names)
+
+    def units(self) -> dict[str, tuple[str, ...]]:
+        """Return what either stage trains."""
+        return {
+            "sparse": (*self.weight_names, *self.head_names),
+            "adapters": (*self.factor_names, *self.head_names),
+        }
+
+    def begin(self, model: PreTrainedModel, task: FitTask, kept: Tensors) -> None:
+        """Start from the base; in a sparse round put in the values under the mask and stop all other gradients."""
+        self._remove_hooks()
+        received = {**task.received, **self.weights_with(task.received)}
+        super().begin(model, replace(task, received=received), kept)
+        if not self._is_sparse(task):
+            return
+        for name, weight in parameters_of(model, self.weight_names).items():
+            mask = torch.zeros_like(weight, requires_grad=False)
+            mask.view(-1)[self.places[name].to(mask.device)] = 1
+            weight.requires_grad_(True)
+            self._hooks.append(weight.register_hook(mask.mul))  # type: ignore[no-untyped-call]
+
+    def finish(self, model: PreTrainedModel, task: FitTask, kept: Tensors) -> tuple[Tensors, Tensors]:
+        """Return the values under the mask, or the factors; and the head."""
+        self._remove_hooks()
+        trained, own = super().finish(model, task, kept)
+        if not self._is_sparse(task):
+            return trained, own
+        rest = {name: tensor for name, tensor in trained.items() if name not in self.base}
+        return self.values(trained) | rest, own
+
+    def leave(self, model: PreTrainedModel) -> None:
+        """Let all gradients through again."""
+        super().leave(model)
+        self._remove_hooks()
+
+    def values(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the values under the mask, a vector for each weight, under the name ``weight.values``."""
+        return {
+            f"{name}.values": tensors[name].flatten()[places.to(tensors[name].device)]
+            for name, places in self.places.items()
+        }
+
+    def weights_with(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the base weights, with the `values` under the mask where there are some."""
+        weights = {}
+        for name, base in self.base.items():
+            values = tensors.get(f"{name}.values")
+            weights[name] = base if values is None else base.clone()
+            if values is not None:
+                weights[name].view(-1)[self.places[name].to(base.device)] = values.to(base.device)
+        return weights
+
+    def export(
+        self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None
+    ) -> ExportReport:
+        """Write the model; adapters alone only where the base is what it was, so not out of a sparse round."""
+        unchanged = all(torch.equal(model.get_parameter(name), weight) for name, weight in self.base.items())
+        return super().export(model, directory, tokenizer) if unchanged else save_merged(model, directory, tokenizer)
+
+    def _is_sparse(self, task: FitTask) -> bool:
+        return self.weight_names[0] in task.trainable_names
+
+    def _draw(self, name: str, weight: Tensor) -> Tensor:
+        order = torch.randperm(weight.numel(), generator=generator(self.seed, "sparse mask", name))
+        return order[: max(1, round(self.density * weight.numel()))].sort().values
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+
+class TwoStageStrategy(FactorStrategy):
+    """Have clients train the sparse part in the first rounds, then adapters that start from its change.
+
+    Args:
+        adapters: Adapters with a sparse part before them.
+        sparse_rounds: Rounds of the first stage.
+    """
+
+    needs: Traits = FactorStrategy.needs | {Trait.PLAIN_MEAN}
+
+    def __init__(self, adapters: SparseAdapters, sparse_rounds: int = 5) -> None:
+        super().__init__(adapters)
+        self.sparse_rounds = sparse_rounds
+        self._parts = adapters
+        self._round = 0
+
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in these arguments."""
+        problems = super().check(key, facts)
+        if self.sparse_rounds < 1:
+            remedy = "the first stage takes at least one round; FedIT is the method without it"
+            problems.append(Problem(f"{key}.sparse_rounds", self.sparse_rounds, remedy))
+        return problems
+
+    def allocate(self, cohort: Sequence[str], round_index: int) -> dict[str, tuple[str, ...]]:
+        """Return the unit of the round's stage for every client, and all units that are not the adapters'."""
+        self._round = round_index
+        others = (unit for unit in self.adaptation.units() if unit not in self.adapters.units())
+        return dict.fromkeys(cohort, ("sparse" if self._sparse else "adapters", *others))
+
+    def send(self, state: Tensors, client_id: str) -> Tensors:
+        """Return the values under the mask, or the factors; and the rest."""
+        return self._parts.values(state) | self.others(state) if self._sparse else super().send(state, client_id)
+
+    def aggregator(self, state: Tensors) -> Aggregator:
+        """Return the mean of the values under the mask in stage 1, of the factors in stage 2."""
+        return _SparseMean(self, state) if self._sparse else HolderMean(state)
+
+    def next_state(self, state: Tensors, mean: Tensors) -> dict[str, Tensor]:
+        """Return the state after a round of stage 1, with adapters in place of the change after the last.
+
+        Args:
+            state: The state at the start of the round.
+            mean: The mean of what the clients sent.
+        """
+        weights = self._parts.weights_with(mean)
+        new = dict(state) | weights | self.others(mean)
+        if self._round + 1 < self.sparse_rounds:
+            return new
+        for adapter in self.adapters.adapters:
+            base = self._parts.base[adapter.weight]
+            change = weights[adapter.weight].double() - base.double()
+            b, a = self.factors(adapter.oriented(change), state[adapter.a])
+            new |= {adapter.b: b, adapter.a: a, adapter.weight: base}
+        return new
+
+    def factors(self, change: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, A) with s·BA the best approximation of a change [out, in] of the adapters' rank."""
+        rank = self.adapters.rank
+        u, sigma, vt = torch.linalg.svd(change, full_matrices=False)
+        u, sigma, vt = leading(u, sigma, vt, rank)
+        root = (sigma / self.adapters.scaling(rank)).sqrt()
+        return live_factors(u * root, root[:, None] * vt, sigma, start)
+
+    @property
+    def _sparse(self) -> bool:
+        return self._round < self.sparse_rounds
+
+
+class _SparseMean(HolderMean):
+    def __init__(self, strategy: TwoStageStrategy, state: Tensors) -> None:
+        super().__init__(strategy.send(state, ""))
+        self._strategy, self._whole = strategy, state
+
+    def result(self) -> dict[str, Tensor]:
+        return self._strategy.next_state(self._whole, super().result())
+
+
+class SLoRA(Algorithm):
     """Stage 1 tunes a fixed random part of the weights; its change, by SVD, is where stage 2's adapters start.
 
     Stage 1 trains the target layers' own weights under one mask for all rounds and clients, and only the values
@@ -40,151 +235,8 @@ class SLoRA(LoRA):
     rounds are ours (R).
     """
 
-    own_average = True
-
     def __init__(
         self, rank: int = 8, alpha: float = 16.0, sparse_rounds: int = 5, density: float = 0.01, **options: Any
     ) -> None:
-        super().__init__(rank, alpha, **options)
-        self.sparse_rounds, self.density = sparse_rounds, density
-        self.base: dict[str, Tensor] = {}
-        self._places: dict[str, Tensor] = {}
-        self._round = 0
-        self._hooks: list[RemovableHandle] = []
-
-    def check(self, depth: int, key: str = "algorithm") -> list[Problem]:
-        """Return the mistakes in these arguments."""
-        problems = super().check(depth, key)
-        if self.sparse_rounds < 1:
-            remedy = "the first stage takes at least one round; FedIT is the method without it"
-            problems.append(Problem(f"{key}.init_args.sparse_rounds", self.sparse_rounds, remedy))
-        if not 0 < self.density <= 1:
-            problems.append(Problem(f"{key}.init_args.density", self.density, "a part lies in (0, 1]"))
-        return problems
-
-    def prepare(self, model: PreTrainedModel, inputs: Batch) -> None:
-        """Put in adapters, keep the base weights of stage 1, and draw its mask."""
-        super().prepare(model, inputs)
-        self.base = copy_tensors(model, self._weights)
-        self._places = {name: self._draw(name, weight) for name, weight in self.base.items()}
-
-    @property
-    def trainable_names(self) -> tuple[str, ...]:
-        """Exact names of stage 1's weights, the factors, and a new task head."""
-        return (*self._weights, *super().trainable_names)
-
-    def units(self) -> dict[str, tuple[str, ...]]:
-        """Return what either stage trains."""
-        return {
-            "sparse": (*self._weights, *self._head),
-            "adapters": (*self.factor_names, *self._head),
-        }
-
-    def allocate(self, cohort: Sequence[str], round_index: int) -> dict[str, tuple[str, ...]]:
-        """Return the unit of the round's stage for every client."""
-        self._round = round_index
-        return dict.fromkeys(cohort, ("sparse" if self._sparse else "adapters",))
-
-    def send(self, state: Mapping[str, Tensor], client_id: str) -> Mapping[str, Tensor]:
-        """Return the values under the mask, or the factors; and the head."""
-        if not self._sparse:
-            return {name: state[name] for name in self.units()["adapters"]}
-        return self._values(state) | {name: state[name] for name in self._head}
-
-    def begin(self, model: PreTrainedModel, task: ClientTask) -> None:
-        """Start from the base; in stage 1 put in the values under the mask and stop all other gradients."""
-        self._remove_hooks()
-        own = {name: tensor for name, tensor in task.received.items() if not name.endswith(".values")}
-        load_tensors(model, {**self._weights_with(task.received), **own})
-        if self._weights[0] not in task.trainable_names:
-            return
-        for name, places in self._places.items():
-            weight = model.get_parameter(name).requires_grad_(True)
-            mask = torch.zeros_like(weight, requires_grad=False)
-            mask.view(-1)[places.to(mask.device)] = 1
-            self._hooks.append(weight.register_hook(mask.mul))  # type: ignore[no-untyped-call]
-
-    def finish(self, model: PreTrainedModel, task: ClientTask) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Return the values under the mask, or the factors; and the head."""
-        self._remove_hooks()
-        trained = copy_tensors(model, task.trainable_names)
-        if self._weights[0] not in trained:
-            return trained, {}
-        return self._values(trained) | {name: trained[name] for name in self._head}, {}
-
-    def aggregator(self, state: Mapping[str, Tensor]) -> Aggregator:
-        """Return the mean of the values under the mask in stage 1, of the factors in stage 2."""
-        return _SparseMean(self, state) if self._sparse else HolderMean(state)
-
-    def next_state(self, state: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the state after a round of stage 1, with adapters in place of the change after the last.
-
-        Args:
-            state: The state at the start of the round.
-            mean: The mean of what the clients sent.
-        """
-        weights = self._weights_with(mean)
-        new = dict(state) | weights | {name: mean[name] for name in self._head}
-        if self._round + 1 < self.sparse_rounds:
-            return new
-        for adapter in self.adapters:
-            change = weights[adapter.weight].double() - self.base[adapter.weight].double()
-            b, a = self.factors(adapter.oriented(change), state[adapter.a])
-            new |= {adapter.b: b, adapter.a: a, adapter.weight: self.base[adapter.weight]}
-        return new
-
-    def factors(self, change: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, A) with s·BA the best approximation of a change [out, in] of the adapters' rank."""
-        u, sigma, vt = torch.linalg.svd(change, full_matrices=False)
-        u, sigma, vt = leading(u, sigma, vt, self.rank)
-        root = (sigma / self.scaling(self.rank)).sqrt()
-        return live_factors(u * root, root[:, None] * vt, sigma, start)
-
-    def export(
-        self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None
-    ) -> ExportReport:
-        """Write the model; adapters alone only where the base is what it was, so not out of stage 1."""
-        unchanged = all(torch.equal(model.get_parameter(name), weight) for name, weight in self.base.items())
-        return super().export(model, directory, tokenizer) if unchanged else save_merged(model, directory, tokenizer)
-
-    @property
-    def _sparse(self) -> bool:
-        return self._round < self.sparse_rounds
-
-    @property
-    def _weights(self) -> tuple[str, ...]:
-        return tuple(adapter.weight for adapter in self.adapters)
-
-    def _draw(self, name: str, weight: Tensor) -> Tensor:
-        order = torch.randperm(weight.numel(), generator=generator(self.seed, "sparse mask", name))
-        return order[: max(1, round(self.density * weight.numel()))].sort().values
-
-    def _values(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the values under the mask, a vector for each weight."""
-        return {
-            f"{name}.values": tensors[name].flatten()[places.to(tensors[name].device)]
-            for name, places in self._places.items()
-        }
-
-    def _weights_with(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the base weights, with the values under the mask where there are some."""
-        weights = {}
-        for name, base in self.base.items():
-            values = tensors.get(f"{name}.values")
-            weights[name] = base if values is None else base.clone()
-            if values is not None:
-                weights[name].view(-1)[self._places[name].to(base.device)] = values.to(base.device)
-        return weights
-
-    def _remove_hooks(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-
-
-class _SparseMean(HolderMean):
-    def __init__(self, algorithm: SLoRA, state: Mapping[str, Tensor]) -> None:
-        super().__init__(algorithm.send(state, ""))
-        self._algorithm, self._whole = algorithm, state
-
-    def result(self) -> dict[str, Tensor]:
-        return self._algorithm.next_state(self._whole, super().result())
+        adapters = SparseAdapters(rank, alpha, density, **options)
+        super().__init__(adapters, TwoStageStrategy(adapters, sparse_rounds))

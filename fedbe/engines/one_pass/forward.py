@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from fedbe.data import Batch
+from fedbe.data.batch import Batch, lengthen
 from fedbe.expansion.gate import find_gate
-from fedbe.modeling.architecture import find_blocks
+from fedbe.modeling.architecture import find_blocks, innermost
 from fedbe.modeling.base_model import forward_options
-from fedbe.modeling.checkpointing import CheckpointedForward
-from fedbe.prefix.reuse import innermost
+from fedbe.modeling.checkpointing import checkpoints_gradients
+from fedbe.modeling.passes import Pass, replaced, stop_at
+from fedbe.modeling.tensors import parameters_of
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -61,26 +61,28 @@ class OnePass:
 
     def __init__(self, model: PreTrainedModel, names: Collection[str]) -> None:
         self.model = model
-        base = innermost(model, find_blocks(model).path)
-        self._path = next(path for path, module in model.named_modules() if module is base)
-        trained = {id(model.get_parameter(name)) for name in names}
-        if not self._path or {id(parameter) for parameter in base.parameters()} <= trained:
+        self._stack = find_blocks(model)
+        self._base = innermost(model, self._stack.path)
+        trained = {id(parameter) for parameter in parameters_of(model, names).values()}
+        if self._base is model or {id(parameter) for parameter in self._base.parameters()} <= trained:
             raise OnePassError("clients have no frozen part of the model in common")
-        if any(isinstance(vars(module).get("forward"), CheckpointedForward) for module in model.modules()):
-            raise OnePassError("gradient checkpointing computes blocks again when other tensors have taken their place")
+        self._refuse_checkpointing(model.modules())
         self.sections: Sequence[Section] = ()
         self._gate = find_gate(model)
         named = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._units = {
-            path: _Unit(self, model.get_submodule(path), named, trained) for path in _unit_paths(model, trained)
-        }
+        self._units = [_Unit(self, module, named, trained) for module in dict.fromkeys(_units(model, trained))]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Let the units run client by client inside the block."""
+        """Let the units run client by client inside the block; a pass that is not of `outputs` is the model's own.
+
+        Raises:
+            OnePassError: The model has come to checkpoint gradients.
+        """
+        self._refuse_checkpointing(self._stack.blocks)
         with ExitStack() as stack:
-            for path, unit in self._units.items():
-                stack.enter_context(_swapped(self.model, path, unit))
+            for unit in self._units:
+                stack.enter_context(replaced(unit.module, unit.run, with_hooks=True))
             yield
 
     def outputs(
@@ -103,33 +105,47 @@ class OnePass:
         ends = torch.tensor(counts).cumsum(0).tolist()
         sections = [Section(t, slice(end - n, end)) for t, end, n in zip(tensors, ends, counts, strict=True)]
         self.sections = sections
-        states = self._states(concatenated(batches))
+        try:
+            return self._outputs(sections, batches, added_losses or [None] * len(batches))
+        finally:
+            self.sections = ()
+
+    def _outputs(
+        self,
+        sections: Sequence[Section],
+        batches: Sequence[Batch],
+        added_losses: Sequence[Callable[[], Tensor] | None],
+    ) -> list[Any]:
+        states, total = self._states(concatenated(batches)), sections[-1].rows.stop
         outputs = []
         seen = None if self._gate is None else self._gate.hidden
-        for section, batch, added in zip(sections, batches, added_losses or [None] * len(batches), strict=True):
+        for section, batch, added in zip(sections, batches, added_losses, strict=True):
             self.sections = [section]
-            with _swapped(
-                self.model, self._path, _Replay(tree_map(partial(cut, section.rows, ends[-1], batch), states))
-            ):
+            own = tree_map(partial(cut, section.rows, total, batch), states)
+            with replaced(self._base, partial(_replay, own), with_hooks=True):
                 outputs.append(self.model(**batch, **forward_options(self.model)))
             if self._gate is not None:
-                self._gate.look_at(cut(section.rows, ends[-1], batch, seen), batch.get("attention_mask"))
+                self._gate.look_at(cut(section.rows, total, batch, seen), batch.get("attention_mask"))
             if added is not None:
                 outputs[-1].loss = outputs[-1].loss + added()
         return outputs
 
+    @staticmethod
+    def _refuse_checkpointing(modules: Iterable[nn.Module]) -> None:
+        if checkpoints_gradients(modules):
+            raise OnePassError("gradient checkpointing computes blocks again when other tensors have taken their place")
+
     def _states(self, joined: Batch) -> Any:
         """Return what the innermost model gives, called as the whole model calls it."""
-        with _swapped(self.model, self._path, _Stop(self.model.get_submodule(self._path))):
-            try:
-                self.model(**joined, **forward_options(self.model))
-            except _Done as done:
-                return done.output
-        raise OnePassError(f"{type(self.model).__name__} does not call `{self._path}`")
+        with stop_at(self._base, with_hooks=True) as stopped:
+            self.model(**joined, **forward_options(self.model))
+        if not stopped.reached:
+            raise OnePassError(f"{type(self.model).__name__} does not call its {type(self._base).__name__}")
+        return stopped.output
 
 
 class _Unit(nn.Module):
-    """Stands in for a module and its hooks, and runs it client by client.
+    """Runs a module and its hooks client by client.
 
     Args:
         owner: Whose sections count.
@@ -142,88 +158,42 @@ class _Unit(nn.Module):
         super().__init__()
         self.module = module
         self._owner = owner
-        parameters = module.named_parameters(remove_duplicate=False)
+        parameters = self.named_parameters(remove_duplicate=False)
         self._names = {path: named[id(parameter)] for path, parameter in parameters if id(parameter) in trained}
 
-    def __getattr__(self, name: str) -> Any:
-        """Return what the module around asks of the module itself, as its kind of attention."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
+    def run(self, own: Pass, *arguments: Any, **options: Any) -> Any:
         """Run each client's rows with its tensors, and return the outputs as one."""
         sections = self._owner.sections
+        if not sections:
+            return own(*arguments, **options)
         outputs = []
         for section in sections:
             given: Any = arguments, options
             if len(sections) > 1:
                 given = tree_map(partial(part, section.rows, sections[-1].rows.stop), given)
             tensors = {path: section.tensors[name] for path, name in self._names.items()}
-            outputs.append(functional_call(self.module, tensors, *given, tie_weights=False))
+            outputs.append(functional_call(self, tensors, (own, *given[0]), given[1], tie_weights=False))
         return tree_map(_joined, *outputs) if len(sections) > 1 else outputs[0]
 
-
-class _Stop(nn.Module):
-    """Runs the innermost model and ends the forward pass there."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Run it.
-
-        Raises:
-            _Done: Always.
-        """
-        raise _Done(self.base(*arguments, **options))
+    def forward(self, own: Pass, *arguments: Any, **options: Any) -> Any:
+        """Run the module itself, with whatever tensors are in it."""
+        return own(*arguments, **options)
 
 
-class _Replay(nn.Module):
-    """Gives what the innermost model has given before."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Return it."""
-        return self.output
+def _replay(output: Any, *_: Any, **__: Any) -> Any:
+    return output
 
 
-class _Done(Exception):
-    """Ends a forward pass of which the rest is not needed."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-
-@contextmanager
-def _swapped(model: nn.Module, path: str, stand_in: nn.Module) -> Iterator[None]:
-    """Let a module stand in for the one of this path inside the block."""
-    parent, _, name = path.rpartition(".")
-    modules = model.get_submodule(parent)._modules
-    own = modules[name]
-    modules[name] = stand_in
-    try:
-        yield
-    finally:
-        modules[name] = own
-
-
-def _unit_paths(module: nn.Module, trained: Set[int], prefix: str = "") -> Iterator[str]:
-    """Yield the paths of the largest modules of which all parameters train, and of those that own one that does."""
-    for name, child in module.named_children():
+def _units(module: nn.Module, trained: Set[int]) -> Iterator[nn.Module]:
+    """Yield the largest modules of which all parameters train, and those that own one that does."""
+    for child in module.children():
         inside = {id(parameter) for parameter in child.parameters()}
         owned = {id(parameter) for parameter in child.parameters(recurse=False)}
         whole = inside <= trained and not isinstance(child, _CONTAINERS)
         if inside & trained and (whole or owned & trained):
-            yield prefix + name
+            yield child
         elif inside & trained:
-            yield from _unit_paths(child, trained, f"{prefix}{name}.")
+            yield from _units(child, trained)
 
 
 def concatenated(batches: Sequence[Batch]) -> Batch:
@@ -251,19 +221,8 @@ def concatenated(batches: Sequence[Batch]) -> Batch:
             )
         if any(masked) or (len(set(lengths)) > 1 and not packed):
             inputs = [{"attention_mask": torch.ones_like(given["input_ids"]), **given} for given in inputs]
-        inputs = [padded(given, max(lengths)) for given in inputs]
+        inputs = [lengthen(given, max(lengths)) for given in inputs]
     return {name: torch.cat([given[name] for given in inputs]) for name in inputs[0]}
-
-
-def padded(inputs: Batch, longest: int) -> Batch:
-    """Return token sequences padded at the right to a length, positions counting from 0 there."""
-    length = inputs["input_ids"].shape[1]
-    more = longest - length
-    by_token = {name for name, tensor in inputs.items() if tensor.ndim == 2 and tensor.shape[1] == length}
-    result = {name: pad(tensor, (0, more)) if name in by_token else tensor for name, tensor in inputs.items()}
-    if "position_ids" in by_token:
-        result["position_ids"][:, length:] = torch.arange(more)
-    return result
 
 
 def part(rows: slice, total: int, value: Any) -> Any:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from fedbe.client.plan import LocalPlan
 from fedbe.client.trainer import QUIET
 from fedbe.data import Batch
-from fedbe.engines.in_process import InProcessEngine
 from fedbe.engines.one_pass.forward import OnePass, OnePassError
-from fedbe.expansion import freeze, set_training_modes
 from fedbe.modeling.base_model import forward_options
-from fedbe.modeling.passes import evaluating
+from fedbe.modeling.freezing import freeze, set_training_modes
+from fedbe.modeling.passes import evaluation_mode, freezing_kept
 from fedbe.modeling.tensors import copy_tensors
 from fedbe.seeding import generator, isolated_rng
 
@@ -37,7 +37,7 @@ def verify_one_pass(model: PreTrainedModel, names: Collection[str], inputs: Batc
     """
     one_pass = OnePass(model, names)
     clients = [_nudged(model, names, client) for client in range(2)]
-    with evaluating(model):
+    with evaluation_mode(model, inference=False):
         set_training_modes(model, names)
         for batches in _trials(inputs):
             drawn = random_state(model.device)
@@ -105,23 +105,23 @@ def _compare(apart: Sequence[Tensor], together: Sequence[Tensor]) -> None:
             raise OnePassError(f"outputs or gradients would be off by {off:.2g} in this architecture")
 
 
-def measured(engine: InProcessEngine, most: int, repeats: int = 3) -> dict[int, float]:
+def measured(plan: LocalPlan, most: int, repeats: int = 3) -> dict[int, float]:
     """Return seconds per client of a local step, least of a few, by the number of clients in one pass.
 
     Forward and backward passes on clients' real first batches, one by one (1) and with 2, 4, … up to `most` and 16.
     The model and all random numbers are as they were afterwards.
 
     Args:
-        engine: What trains a client by itself, its model prepared.
+        plan: What clients train, with the model prepared.
         most: Clients in a cohort.
         repeats: Measurements of each, in turn, after one that does not count.
     """
     counts = [2**power for power in range(5) if 2**power <= most]
-    precision = L.Trainer(**QUIET, precision=engine.trainer.get("precision")).precision_plugin
-    with isolated_rng(engine.seed), evaluating(engine.model), precision.forward_context():
-        batches = [first_batch(engine, index) for index in range(counts[-1])]
-        rounds = [{n: step_seconds(engine, batches[:n]) / n for n in counts} for _ in range(repeats + 1)]
-        freeze(engine.model, ())
+    precision = L.Trainer(**QUIET, precision=plan.trainer.get("precision")).precision_plugin
+    restored, resting = freezing_kept(plan.model), evaluation_mode(plan.model, inference=False)
+    with isolated_rng(plan.seed), restored, resting, precision.forward_context():
+        batches = [first_batch(plan, index) for index in range(counts[-1])]
+        rounds = [{n: step_seconds(plan, batches[:n]) / n for n in counts} for _ in range(repeats + 1)]
     return {n: min(seconds[n] for seconds in rounds[1:]) for n in counts}
 
 
@@ -131,17 +131,17 @@ def quickest(seconds: Mapping[int, float]) -> int:
     return best if seconds[best] < 0.95 * seconds[1] else 1
 
 
-def first_batch(engine: InProcessEngine, index: int) -> Batch:
+def first_batch(plan: LocalPlan, index: int) -> Batch:
     """Return the first batch, on the model's device, of one of the run's clients, over again if there are fewer."""
-    clients = engine.data.client_ids
-    own = generator(engine.seed, "one pass", index)
-    batch = next(iter(engine.data.client_dataloader(clients[index % len(clients)], own)))
-    return {name: tensor.to(engine.model.device) for name, tensor in batch.items()}
+    clients = plan.data.client_ids
+    own = generator(plan.seed, "one pass", index)
+    batch = next(iter(plan.data.client_dataloader(clients[index % len(clients)], own)))
+    return {name: tensor.to(plan.model.device) for name, tensor in batch.items()}
 
 
-def step_seconds(engine: InProcessEngine, batches: Sequence[Batch]) -> float:
+def step_seconds(plan: LocalPlan, batches: Sequence[Batch]) -> float:
     """Return how long clients' forward and backward passes take: of several in one pass, of one as it trains alone."""
-    model, names = engine.model, engine.algorithm.trainable_names
+    model, names = plan.model, plan.adaptation.trainable_names
     freeze(model, names if len(batches) == 1 else ())
     set_training_modes(model, names)
     tensors = [{name: nn.Parameter(t) for name, t in copy_tensors(model, names).items()} for _ in batches]

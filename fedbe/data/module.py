@@ -1,4 +1,4 @@
-"""What the framework asks of data: one training set per client, and validation and test sets of the downstream task."""
+"""Federated data modules: who has which data, and its batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -6,18 +6,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from fedbe.errors import Problem
-
-IGNORED = -100
-"""The label of what is not to be predicted, as in `torch.nn.CrossEntropyLoss`."""
-
-Batch = dict[str, Tensor]
-"""Keyword arguments of the model: tensors whose first dimension is the sample, ``labels`` among them."""
+from fedbe.data.batch import Batch, pad_samples
+from fedbe.errors import ConfigError, Facts, Problem
 
 
 class FederatedDataModule(L.LightningDataModule, ABC):
@@ -31,8 +24,16 @@ class FederatedDataModule(L.LightningDataModule, ABC):
     Args:
         batch_size: Samples in a client's local step.
         eval_batch_size: Samples in a validation or test batch; ``None`` for four times `batch_size`.
+
+    Attributes:
+        key: Dotted key of its arguments, for mistakes that only `connect` and `setup` can find; a module around it
+            sets it in `connect`.
+        seed: The run's seed, set by `connect`.
+        tokenizer: The base model's, set by `connect`.
+        model_config: The base model's, set by `connect`.
     """
 
+    key: str = "data.init_args"
     seed: int = 0
     tokenizer: PreTrainedTokenizerBase | None = None
     model_config: PretrainedConfig | None = None
@@ -47,6 +48,14 @@ class FederatedDataModule(L.LightningDataModule, ABC):
     ) -> None:
         """Receive what is unknown at construction: the base model's tokenizer and config, and the run's seed."""
         self.tokenizer, self.model_config, self.seed = tokenizer, model_config, seed
+
+    def setup_client(self, client_id: str) -> None:
+        """Load what one client trains on, in place of ``setup("fit")`` on the client's own machine.
+
+        Only this client's `client_dataset` is asked for afterwards, and what its own model is scored on. By default
+        everything is loaded; override it where a client has no more than its own rows.
+        """
+        self.setup("fit")
 
     @property
     @abstractmethod
@@ -70,8 +79,13 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         """Number of classes of a classification task; ``None`` for language modelling."""
         return None
 
-    def check(self, key: str = "data") -> list[Problem]:
-        """Return the mistakes in this module's configuration that can be seen without loading anything large."""
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in this module's configuration that can be seen without loading anything large.
+
+        Args:
+            key: Dotted key of its arguments, for example ``data.init_args``.
+            facts: What is known of the run.
+        """
         return []
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
@@ -87,6 +101,11 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         return DataLoader(
             dataset, batch_size=self.batch_size, shuffle=True, generator=generator, collate_fn=self.collate
         )
+
+    @property
+    def own_batches(self) -> bool:
+        """Whether a client's batches are more than its `client_dataset` shuffled: `client_dataloader` is overridden."""
+        return type(self).client_dataloader is not FederatedDataModule.client_dataloader
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation batches, each sample once."""
@@ -115,7 +134,10 @@ class FederatedDataModule(L.LightningDataModule, ABC):
 
 
 class DataWrapper(FederatedDataModule):
-    """Base class of what changes another module's training data and leaves the rest as it is.
+    """Base class of what changes another module's training data; all that a subclass does not change is passed on.
+
+    A subclass that overrides `client_dataset` gets batches of that. Where the other module makes its batches in its own
+    way (`own_batches`), it has to override `client_dataloader` too, to the same effect.
 
     Args:
         data: The other module.
@@ -130,11 +152,12 @@ class DataWrapper(FederatedDataModule):
     ) -> None:
         """Pass on what is unknown at construction."""
         super().connect(tokenizer, model_config, seed)
+        self.data.key = f"{self.key}.data.init_args"
         self.data.connect(tokenizer, model_config, seed)
 
-    def check(self, key: str = "data") -> list[Problem]:
-        """Return the mistakes in the other module's configuration."""
-        return self.data.check(f"{key}.init_args.data")
+    def check(self, key: str, facts: Facts) -> list[Problem]:
+        """Return the mistakes in the other module's configuration, and why its batches cannot be changed."""
+        return [*self._unseen(key), *self.data.check(f"{key}.data.init_args", facts)]
 
     def prepare_data(self) -> None:
         """Let the other module prepare its data."""
@@ -143,6 +166,10 @@ class DataWrapper(FederatedDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Let the other module load its data."""
         self.data.setup(stage)  # type: ignore[arg-type]
+
+    def setup_client(self, client_id: str) -> None:
+        """Let the other module load what one client trains on."""
+        self.data.setup_client(client_id)
 
     @property
     def client_ids(self) -> Sequence[str]:
@@ -157,6 +184,24 @@ class DataWrapper(FederatedDataModule):
     def client_dataset(self, client_id: str) -> Dataset[Any]:
         """Return the training set of one client."""
         return self.data.client_dataset(client_id)
+
+    def client_dataloader(self, client_id: str, generator: torch.Generator) -> DataLoader[Any]:
+        """Return one client's batches: the other module's, or where `client_dataset` is overridden batches of that.
+
+        Raises:
+            ConfigError: The other module makes batches in its own way, and this one does not say how they change.
+        """
+        if not self._changes("client_dataset"):
+            return self.data.client_dataloader(client_id, generator)
+        if problems := self._unseen(self.key):
+            raise ConfigError(*problems)
+        return super().client_dataloader(client_id, generator)
+
+    @property
+    def own_batches(self) -> bool:
+        """Whether the other module makes batches in its own way, or this one does and leaves the dataset as it is."""
+        own = self._changes("client_dataloader") and not self._changes("client_dataset")
+        return own or self.data.own_batches
 
     def validation_dataset(self) -> Dataset[Any]:
         """Return the validation data."""
@@ -174,40 +219,34 @@ class DataWrapper(FederatedDataModule):
         """Return the other module's test batches."""
         return self.data.test_dataloader()
 
+    def client_val_dataloader(self, client_id: str) -> DataLoader[Any]:
+        """Return the batches on which the other module compares one client's own model."""
+        return self.data.client_val_dataloader(client_id)
+
+    def client_test_dataloader(self, client_id: str) -> DataLoader[Any]:
+        """Return the batches on which the other module scores one client's own model."""
+        return self.data.client_test_dataloader(client_id)
+
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
         """Join samples into a batch as the other module does."""
         return self.data.collate(samples)
+
+    def _changes(self, method: str) -> bool:
+        """Whether a subclass overrides a method."""
+        return getattr(type(self), method) is not getattr(DataWrapper, method)
+
+    def _unseen(self, key: str) -> list[Problem]:
+        """Return a problem where samples are changed and the other module's own batches would be as they were."""
+        if not self._changes("client_dataset") or self._changes("client_dataloader") or not self.data.own_batches:
+            return []
+        remedy = f"makes batches in its own way, without the samples of {type(self).__name__}: override its "
+        return [Problem(f"{key}.data", type(self.data).__name__, f"{remedy}client_dataloader as well")]
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Return the indices of sequences in batches of similar length, longest first: little padding."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def pad_samples(samples: Sequence[Mapping[str, Tensor]], pad_token_id: int, attention_mask: bool) -> Batch:
-    """Join samples into a batch, padded at the right to the longest.
-
-    Padding is never scored. Padded ``position_ids`` count from 0, as a further document that nothing attends to.
-
-    Args:
-        samples: Tensors by name, ``input_ids`` of shape ``[tokens]`` among them; those of one dimension are padded.
-        pad_token_id: The id to pad ``input_ids`` with.
-        attention_mask: Add the mask of real tokens, shape ``[samples, tokens]``, int64.
-    """
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    places = torch.arange(int(lengths.max())).expand(len(samples), -1)
-    real = places < lengths[:, None]
-    fill = {"input_ids": pad_token_id, "labels": IGNORED, "position_ids": 0}
-    batch: Batch = {}
-    for name, first in samples[0].items():
-        values = [sample[name] for sample in samples]
-        batch[name] = torch.stack(values) if first.ndim == 0 else pad_sequence(values, True, fill.get(name, 0))
-    if "position_ids" in batch:
-        batch["position_ids"] = torch.where(real, batch["position_ids"], places - lengths[:, None])
-    if attention_mask:
-        batch["attention_mask"] = real.long()
-    return batch
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -5,38 +5,41 @@ import torch
 from toy import ToyData, resumed, tiny_llama, toy_loop
 from transformers import BertConfig, BertForSequenceClassification
 
-from fedbe.algorithms import BlockExpansion, FedAvg, FedBE, FedIT, FLoRA, Gated, Unfreeze
+from fedbe.algorithms import BlockExpansion, FedAvg, FedBE, FedIT, FLoRA, Gated, LocalOnly, Unfreeze
+from fedbe.algorithms.base import Strategy
 from fedbe.callbacks import CheckpointCallback
 from fedbe.client.schedule import Schedule
-from fedbe.config.rules import check_cohort_engine
-from fedbe.config.sections import Client, Federation
-from fedbe.engines import CohortEngine
-from fedbe.engines.forked import check_workers
-from fedbe.engines.one_pass.engine import check_one_pass
-from fedbe.errors import ConfigError
+from fedbe.engines import InProcess, OnePass
+from fedbe.errors import ConfigError, Facts
 from fedbe.expansion import FixedPlacement
 from fedbe.federation.callback import FederatedCallback
-from fedbe.objectives import Anchor, FedProx, Plain
+from fedbe.objectives import Anchor, FedProx, Plain, Scaffold
 from fedbe.prefix.store import PrefixReuse
+from fedbe.traits import Trait
 
 
 class Recorder(FederatedCallback):
     def __init__(self):
         self.updates = []
 
-    def on_client_end(self, loop, task, update):
+    def on_client_end(self, run, task, update):
         self.updates.append(update)
 
 
-class Allocated(BlockExpansion):
+class Table(Strategy):
     """Each client trains the blocks that a table says."""
 
-    def __init__(self, positions, table):
-        super().__init__(positions)
+    def __init__(self, table):
         self.table = table
 
     def allocate(self, cohort, round_index):
         return {client: self.table[index % len(self.table)] for index, client in enumerate(cohort)}
+
+
+def allocated(positions, table):
+    algorithm = BlockExpansion(positions)
+    algorithm.strategy = Table(table)
+    return algorithm
 
 
 class Unequal(ToyData):
@@ -78,11 +81,10 @@ def tiny_bert():
         return BertForSequenceClassification(config).requires_grad_(False).eval()
 
 
-def run(folder, number=1, most=4, **options):
+def run(folder, number=1, **options):
     recorder = Recorder()
-    loop = toy_loop(folder, callbacks=[recorder], **options)
-    if number != 1:
-        loop.engine = CohortEngine(loop.engine, number, most)
+    engine = InProcess() if number == 1 else OnePass(number)
+    loop = toy_loop(folder, callbacks=[recorder], engine=engine, **options)
     loop.run()
     return loop, recorder.updates
 
@@ -90,9 +92,9 @@ def run(folder, number=1, most=4, **options):
 def assert_near(first, second):
     """Two runs' tensors, and what each client says, are equal up to rounding."""
     (loop, updates), (other, other_updates) = first, second
-    assert loop.state.keys() == other.state.keys()
-    for name in loop.state:
-        torch.testing.assert_close(loop.state[name], other.state[name], rtol=1e-3, atol=2e-4)
+    assert loop.server.state.keys() == other.server.state.keys()
+    for name in loop.server.state:
+        torch.testing.assert_close(loop.server.state[name], other.server.state[name], rtol=1e-3, atol=2e-4)
     assert [(u.client_id, u.samples, set(u.tensors)) for u in updates] == [
         (u.client_id, u.samples, set(u.tensors)) for u in other_updates
     ]
@@ -103,7 +105,7 @@ def assert_near(first, second):
 
 def one_pass_only(monkeypatch):
     """Nothing may fall back to one client after another."""
-    monkeypatch.setattr("fedbe.engines.in_process.InProcessEngine.attempt", None)
+    monkeypatch.setattr("fedbe.engines.one_pass.engine.OnePass.attempt", None)
 
 
 SETTINGS = {
@@ -117,7 +119,7 @@ SETTINGS = {
     "clipped by value": {"trainer": {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}},
     "unequal lengths": {"data": Unequal},
     "unequal units": {
-        "algorithm": lambda: Allocated([0, 1, 2], [("block_0",), ("block_1", "block_2"), ("block_0", "block_2")])
+        "algorithm": lambda: allocated([0, 1, 2], [("block_0",), ("block_1", "block_2"), ("block_0", "block_2")])
     },
     "watched": {"algorithm": lambda: FedBE(placement=FixedPlacement([0, 2]))},
     "existing blocks": {"algorithm": lambda: Unfreeze([1])},
@@ -217,16 +219,16 @@ def test_a_client_whose_tensors_diverge_is_left_out_and_touches_no_other(tmp_pat
     one_pass_only(monkeypatch)
     Diverging.made = 0
     together = run(tmp_path / "together", 4, **options)
-    for name, tensor in alone[0].state.items():
-        torch.testing.assert_close(together[0].state[name], tensor, rtol=1e-3, atol=2e-4)
-    assert [failure["client"] for failure in together[0].record["failures"]] == ["client-1"]
+    for name, tensor in alone[0].server.state.items():
+        torch.testing.assert_close(together[0].server.state[name], tensor, rtol=1e-3, atol=2e-4)
+    assert [failure["client"] for failure in together[0].record.failures] == ["client-1"]
 
 
 def test_frozen_tensors_stay_and_nothing_of_the_clients_is_left(tmp_path):
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     loop, _ = run(tmp_path / "run", 2, model=model)
-    kept = [index for index in range(5) if index not in loop.algorithm.expansion.expanded_indices]
+    kept = [index for index in range(5) if index not in loop.algorithm.adaptation.expansion.expanded_indices]
     for name, tensor in before.items():
         parts = name.split(".")
         if "layers" in parts:
@@ -237,9 +239,7 @@ def test_frozen_tensors_stay_and_nothing_of_the_clients_is_left(tmp_path):
 
 def test_a_run_that_is_continued_ends_at_the_same_bits(tmp_path):
     def make(name):
-        loop = toy_loop(tmp_path / name, rounds=3, cohort=3, callbacks=[CheckpointCallback()])
-        loop.engine = CohortEngine(loop.engine, "auto", 3)
-        return loop
+        return toy_loop(tmp_path / name, rounds=3, cohort=3, callbacks=[CheckpointCallback()], engine=OnePass("auto"))
 
     whole = make("whole")
     whole.setup()
@@ -257,19 +257,19 @@ def test_a_run_that_is_continued_ends_at_the_same_bits(tmp_path):
     assert rest.engine.state_dict() == {"clients_in_one_pass": 2}
     while not rest.done:
         rest.advance()
-    assert all(torch.equal(whole.state[name], rest.state[name]) for name in whole.state)
+    assert all(torch.equal(whole.server.state[name], rest.server.state[name]) for name in whole.server.state)
 
 
 @pytest.mark.parametrize("fastest", [1, 2])
 def test_auto_takes_what_was_measured_and_leaves_no_trace(tmp_path, monkeypatch, fastest):
     seen = []
 
-    def measured(engine, most):
+    def measured(plan, most):
         seen.append(most)
         return {1: 1.0, 2: 0.5 if fastest == 2 else 2.0}
 
     monkeypatch.setattr("fedbe.engines.one_pass.engine.measured", measured)
-    loop, updates = run(tmp_path / "auto", "auto")
+    loop, updates = run(tmp_path / "auto", "auto", cohort=4)
     assert loop.engine.state_dict() == loop.summary["engine"] == {"clients_in_one_pass": fastest} and seen == [4]
     monkeypatch.undo()
     assert_near((loop, updates), run(tmp_path / "measured", "auto"))
@@ -286,7 +286,8 @@ def test_auto_is_one_by_one_where_one_pass_cannot_be(tmp_path):
     [
         ({"model": lambda: tiny_llama(dropout=0.5)}, "drops at random"),
         ({"algorithm": FedAvg}, "no frozen part of the model in common"),
-        ({"algorithm": lambda: FLoRA(rank=2)}, "FLoRA needs the model to itself"),
+        ({"algorithm": lambda: FLoRA(rank=2)}, "needs the model to itself"),
+        ({"objective": FedProx}, "FedProx needs the model to itself"),
     ],
 )
 def test_what_cannot_be_in_one_pass_is_refused_before_round_1(tmp_path, options, reason):
@@ -295,38 +296,60 @@ def test_what_cannot_be_in_one_pass_is_refused_before_round_1(tmp_path, options,
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "objective", "options", "timeout", "reason"),
+    ("options", "timeout", "reason"),
     [
-        (BlockExpansion(), FedProx(), {}, None, "FedProx acts on one client's model"),
-        (BlockExpansion(), Anchor(), {}, None, "Anchor acts on one client's model"),
-        (Gated(FLoRA(rank=2)), Plain(), {}, None, "Gated needs the model to itself"),
-        (BlockExpansion(), Plain(), {"accumulate_grad_batches": 2}, None, "one client at a time"),
-        (BlockExpansion(), Plain(), {"max_time": "00:00:01:00"}, None, "one client at a time"),
-        (BlockExpansion(), Plain(), {"precision": "16-mixed"}, None, "one client at a time"),
-        (BlockExpansion(), Plain(), {}, 5.0, "no time of their own"),
+        ({"accumulate_grad_batches": 2}, None, "one client at a time"),
+        ({"max_time": "00:00:01:00"}, None, "one client at a time"),
+        ({"precision": "16-mixed"}, None, "one client at a time"),
+        ({"callbacks": [Recorder()]}, None, "one client at a time"),
+        ({}, 5.0, "no time of their own"),
     ],
 )
-def test_settings_that_do_not_go_with_one_pass_are_named(algorithm, objective, options, timeout, reason):
-    [problem] = check_one_pass(2, algorithm, objective, options, timeout)
-    assert problem.key == "federation.clients_in_one_pass" and reason in str(problem)
-    client, federation = Client(objective=objective), Federation(client_timeout_seconds=timeout, clients_in_one_pass=2)
-    assert check_cohort_engine(algorithm, client, federation, options) == [problem]
-    federation.clients_in_one_pass = "auto"
-    assert check_cohort_engine(algorithm, client, federation, options) == []
+def test_settings_that_do_not_go_with_one_pass_are_named(options, timeout, reason):
+    facts = Facts(trainer=options, timeout_seconds=timeout)
+    [problem] = OnePass(2).check("engine.init_args", facts)
+    assert problem.key == "engine.init_args.clients" and reason in str(problem)
+    assert OnePass("auto").check("engine.init_args", facts) == OnePass(1).check("engine.init_args", facts) == []
+
+
+def test_what_clients_need_of_the_model_says_whether_several_of_them_can_share_a_pass():
+    def missing(engine, algorithm, objective):
+        return (engine.needs - algorithm.offers) | ((algorithm.needs | objective.needs) - engine.offers)
+
+    for algorithm in (BlockExpansion(), Unfreeze([0]), FedIT(rank=2), Gated(FedBE())):
+        assert not missing(OnePass(2), algorithm, Plain())
+    for algorithm in (FLoRA(rank=2), Gated(FLoRA(rank=2)), LocalOnly(BlockExpansion())):
+        assert missing(OnePass(2), algorithm, Plain()) == {Trait.COPIED_IN_AND_OUT}
+    for objective in (FedProx(), Anchor(), Scaffold(), Anchor(objective=FedProx())):
+        assert missing(OnePass(2), BlockExpansion(), objective) == {Trait.SINGLE_CLIENT_STEPS}
+    for engine in (InProcess(), OnePass("auto"), OnePass(1)):
+        assert not missing(engine, FLoRA(rank=2), FedProx())
+
+
+@pytest.mark.parametrize("objective", [FedProx(1.0), Anchor(sequences=4, sequence_length=8)])
+def test_auto_is_one_by_one_where_an_objective_acts_on_one_client_s_model(tmp_path, objective):
+    loop, _ = run(tmp_path / "run", "auto", rounds=1, objective=objective)
+    assert loop.engine.state_dict() == {"clients_in_one_pass": 1}
+
+
+class Doubled(Plain):
+    """Says that it is the model's own loss, and is not."""
+
+    def local(self, model, task, kept):
+        return FedProx(1.0).local(model, task, kept)
+
+
+def test_an_objective_that_acts_on_one_client_s_model_unannounced_is_followed_one_by_one(tmp_path):
+    alone, together = run(tmp_path / "alone", objective=Doubled()), run(tmp_path / "run", 4, objective=Doubled())
+    state = together[0].server.state
+    assert all(torch.equal(tensor, state[name]) for name, tensor in alone[0].server.state.items())
 
 
 def test_defaults_written_out_go_with_one_pass():
     options = {"max_steps": 3, "accumulate_grad_batches": 1, "num_nodes": 1, "callbacks": [], "fast_dev_run": False}
-    assert check_one_pass(2, BlockExpansion(), Plain(), options, None) == []
+    assert OnePass(2).check("engine.init_args", Facts(trainer=options)) == []
 
 
 def test_a_number_below_one_is_a_mistake():
-    [problem] = Federation(clients_in_one_pass=0).check()
-    assert problem.key == "federation.clients_in_one_pass"
-
-
-@pytest.mark.skipif(bool(check_workers(2, "")), reason="needs fork, and no accelerator")
-@pytest.mark.parametrize("number", [2, "auto"])  # a run with `auto` could not go on with another number of workers
-def test_clients_in_processes_of_their_own_are_not_in_one_pass(number):
-    [problem] = Federation(clients_in_one_pass=number, workers=2).check()
-    assert "train alone" in str(problem)
+    [problem] = OnePass(0).check("engine.init_args", Facts())
+    assert problem.key == "engine.init_args.clients"
