@@ -2,18 +2,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup quickstart test lint typecheck bench clean
+.PHONY: help setup quickstart test test-newest lint typecheck bench lock clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+define new_environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fedbe needs Python 3.11 or newer; give one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(1)
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call new_environment,$(VENV))
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
@@ -24,6 +29,14 @@ quickstart: setup  ## fine-tune the small model with ten clients and show what i
 
 test: setup  ## run the tests
 	WANDB_MODE=offline $(BIN)/python -m pytest
+
+# Everything but torch, whose newest release may come with gigabytes of CUDA libraries: give another one by TORCH=.
+test-newest:  ## run the tests with the newest releases there are, and show all warnings
+	rm -rf $(VENV)-newest
+	$(call new_environment,$(VENV)-newest)
+	echo 'torch==$(TORCH)' > $(VENV)-newest/torch.txt
+	$(VENV)-newest/bin/python -m pip install --quiet --constraint $(VENV)-newest/torch.txt --editable '.[dev]'
+	WANDB_MODE=offline $(VENV)-newest/bin/python -m pytest -W default
 
 lint: setup  ## check style
 	$(BIN)/ruff check .
@@ -39,5 +52,15 @@ bench: setup  ## measure overhead and memory of a run on this machine
 	$(BIN)/fedbe bench memory
 	$(BIN)/fedbe bench fedit
 
-clean:  ## remove the virtual environment and build leftovers; runs stay
-	rm -rf $(VENV) build
+lock:  ## write the newest releases that go together into constraints.txt; torch stays, or: make lock TORCH=2.14.0
+	$(call new_environment,$(VENV)-lock)
+	$(VENV)-lock/bin/python -m pip install --quiet uv
+	echo 'torch==$(TORCH)' > $(VENV)-lock/torch.txt
+	$(VENV)-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest \
+		--no-header --no-annotate --extra dev --constraint $(VENV)-lock/torch.txt \
+		--output-file $(VENV)-lock/all.txt pyproject.toml
+	{ grep '^#' constraints.txt; grep -vE '^(cuda|nvidia|triton)\b' $(VENV)-lock/all.txt; } > $(VENV)-lock/constraints.txt
+	mv $(VENV)-lock/constraints.txt constraints.txt
+
+clean:  ## remove the virtual environments and build leftovers; runs stay
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-newest build

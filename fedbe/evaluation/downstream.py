@@ -49,7 +49,7 @@ def evaluate_downstream(model: PreTrainedModel, batches: Iterable[Batch]) -> Dow
             items.update(sums.items.sum().cpu())
             correct.update(sums.correct.sum().cpu())
             loss.update(sums.loss.sum().cpu())
-    count = items.compute().item()
+    count = items.compute().item() if items.update_called else 0
     if not count:
         raise ValueError(
             "`batches` holds no label to predict; give the downstream task's data a validation and a "

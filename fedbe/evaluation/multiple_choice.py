@@ -77,12 +77,12 @@ def _score(model: PreTrainedModel, items: Sequence[Item]) -> tuple[Tensor, ...]:
     prefix = torch.tensor([item.context[:-1] for item in items], dtype=torch.long)  # [items, s]
     cache = None
     if prefix.shape[1]:
-        cache = model.base_model(input_ids=prefix.to(model.device), use_cache=True).past_key_values
+        cache = model.base_model(input_ids=prefix.to(model.device), use_cache=True).cache
         owners = torch.arange(len(items)).repeat_interleave(torch.tensor(counts))  # [choices]
         cache.batch_select_indices(owners.to(model.device))
     rows = [[item.context[-1], *choice] for item in items for choice in item.choices]
     filler = rows[0][0]  # any token will do: what is filled up is not scored
-    logits = model(input_ids=pad(rows, filler).to(model.device), past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=pad(rows, filler).to(model.device), cache=cache, use_cache=True).logits
     loss = token_statistics(logits, pad(rows, IGNORED).to(logits.device)).loss
     return torch.split(-loss.cpu().double(), counts)
 

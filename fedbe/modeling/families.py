@@ -33,8 +33,6 @@ class Family:
         per_block_lists: Names of lists with one entry per block; those with "layer" in their name are found without.
         block_index_lists: Names of lists that hold the indices of some blocks.
         settle: Makes agree what a configuration holds of its blocks a second time, after they were rearranged.
-        separates_documents: Whether its causal mask is built from ``position_ids`` and its positions enter by nothing
-            else, so that packed documents whose positions restart are kept apart (without a key-value cache).
         positions_after_padding: Whether positions are counted from behind the padding id.
     """
 
@@ -48,7 +46,6 @@ class Family:
     per_block_lists: tuple[str, ...] = ()
     block_index_lists: tuple[str, ...] = ()
     settle: Callable[[PreTrainedConfig], None] | None = None
-    separates_documents: bool = False
     positions_after_padding: bool = False
 
 
@@ -101,22 +98,20 @@ for _family in (
     Family(
         ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo", "gemma", "granite", "stablelm", "cohere2"),
         writers=_GATED_MLP,
-        separates_documents=True,
     ),
-    Family(("mixtral",), writers=_EXPERTS, separates_documents=True),
-    Family(("qwen3_moe",), writers=_EXPERTS, block_index_lists=_DENSE, separates_documents=True),
+    Family(("mixtral",), writers=_EXPERTS),
+    Family(("qwen3_moe",), writers=_EXPERTS, block_index_lists=_DENSE),
     Family(("qwen2_moe",), writers=_SHARED_EXPERTS, block_index_lists=_DENSE),
-    Family(("gemma2", "gemma3_text"), output_norms=_NORMS, norm_offset=1.0, separates_documents=True),
-    Family(("olmo2", "olmo3"), output_norms=_NORMS, separates_documents=True),
+    Family(("gemma2", "gemma3_text"), output_norms=_NORMS, norm_offset=1.0),
+    Family(("olmo2", "olmo3"), output_norms=_NORMS),
     Family(("exaone4",), output_norms=_NORMS),
-    Family(("glm4",), output_norms=("post_self_attn_layernorm", "post_mlp_layernorm"), separates_documents=True),
-    Family(("phi",), writers=("self_attn.dense", "mlp.fc2"), separates_documents=True),
-    Family(("starcoder2",), writers=("self_attn.o_proj", "mlp.c_proj"), separates_documents=True),
-    Family(("gpt2",), writers=("attn.c_proj", "mlp.c_proj"), separates_documents=True),
+    Family(("glm4",), output_norms=("post_self_attn_layernorm", "post_mlp_layernorm")),
+    Family(("phi",), writers=("self_attn.dense", "mlp.fc2")),
+    Family(("starcoder2",), writers=("self_attn.o_proj", "mlp.c_proj")),
+    Family(("gpt2",), writers=("attn.c_proj", "mlp.c_proj")),
     Family(("gpt_neo",), writers=("attn.attention.out_proj", "mlp.c_proj"), settle=_write_attention_types),
     Family(("gptj",), writers=("attn.out_proj", "mlp.fc_out")),
-    Family(("gpt_neox",), writers=("attention.dense", "mlp.dense_4h_to_h"), separates_documents=True),
-    # Falcon hands the positions to the mask in some versions of transformers only, Bloom and OPT in none.
+    Family(("gpt_neox",), writers=("attention.dense", "mlp.dense_4h_to_h")),
     Family(("falcon", "bloom"), writers=("self_attention.dense", "mlp.dense_4h_to_h")),
     Family(("opt",), writers=("self_attn.out_proj", "fc2"), post_norm=True),
     Family(("vit",), writers=("attention.o_proj", "mlp.fc2")),
@@ -124,7 +119,6 @@ for _family in (
     Family(("bert", "distilbert", "electra"), post_norm=True),
     Family(("roberta",), post_norm=True, positions_after_padding=True),
     Family(("xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm"), positions_after_padding=True),
-    Family(("cohere", "gpt_bigcode", "olmoe"), separates_documents=True),
     Family(("flint", "qwen3_next", "qwen3_omni_moe_text", "qwen3_vl_moe_text"), block_index_lists=_DENSE),
     Family(("gemma3n_text",), per_block_lists=("kv_sharing_modes", "activation_sparsity_pattern")),
     Family(("gemma4_text", "gemma4_unified_text", "mistral_large4_text"), per_block_lists=("kv_sharing_modes",)),

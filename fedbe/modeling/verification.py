@@ -12,7 +12,7 @@ from fedbe.errors import ExpansionError
 from fedbe.modeling.passes import evaluation_mode
 from fedbe.seeding import generator
 
-_NOT_COMPARED = frozenset({"past_key_values", "hidden_states", "attentions"})
+_NOT_COMPARED = frozenset({"cache", "hidden_states", "attentions"})
 _LENGTH = 12
 
 
@@ -80,14 +80,14 @@ def _outputs(model: PreTrainedModel, batch: Batch) -> Iterator[Tensor]:
     caching = {"use_cache": True} if "use_cache" in inspect.signature(model.forward).parameters else {}
     output = model(**batch, **caching, return_dict=True)
     yield from _tensors(output)
-    cache = output.get("past_key_values")
+    cache = output.get("cache")
     if not isinstance(cache, Cache) or "input_ids" not in batch:
         return
     step: Batch = {"input_ids": batch["input_ids"][:, -1:]}
     if "attention_mask" in batch:
         mask = batch["attention_mask"]
         step["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    yield from _tensors(model(**step, past_key_values=cache, use_cache=True, return_dict=True))
+    yield from _tensors(model(**step, cache=cache, use_cache=True, return_dict=True))
 
 
 def _tensors(output: Mapping[str, object]) -> list[Tensor]:

@@ -38,8 +38,8 @@ def _continue(
 ) -> Tensor:
     tokens, cache = [start.to(model.device)], None
     while len(tokens) < length:
-        output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=tokens[-1], cache=cache, use_cache=True)
+        cache = output.cache
         tokens.append(draw(output.logits[:, -1].float() / temperature, generator))
     return torch.cat(tokens, dim=1).cpu()
 

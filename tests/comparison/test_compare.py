@@ -107,7 +107,7 @@ def test_two_arms_are_tuned_run_and_compared_and_nothing_runs_twice(config, read
     comparison, failures = compare(read(config), starter, said.append)
     assert not failures and len(starter.started) == len(set(starter.started)) == 2 * 2 + 2
     assert [len(arm.runs) for arm in comparison.arms] == [2, 2]
-    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
     assert len(rows) == 6 and [row["chosen"] for row in rows].count("True") == 4
     for arm in config["arms"]:
         tuned = [row for row in rows if row["arm"] == arm and row["seed"] == "0"]
@@ -172,7 +172,7 @@ def test_the_dial_of_final_runs_is_measured_where_there_is_one_and_not_twice(con
     assert not failures and len(starter.started) == 3
     assert starter.started[-1] == "dial of a, learning rate 0.01, seed 0"
     assert [[point.factor for point in arm.runs[0].dial] for arm in comparison.arms] == [[0, 0.5, 1], []]
-    a, b = csv.DictReader((tmp_path / "out" / "comparison.csv").open())
+    a, b = csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines())
     assert a["dial_0_retention_mean"] == "1.0" and b["dial_0.5_validation_accuracy"] == ""
     assert float(a["dial_0.5_retention_mean"]) == 0.75
     compare(read(config), starter, said.append)

@@ -130,7 +130,7 @@ def test_a_comparison_leaves_table_page_and_pictures(tmp_path, tasks):
     assert pictures == {"downstream.png", "convergence.png"} | ({"learning_against_forgetting.png"} if tasks else set())
     text = (tmp_path / "comparison.md").read_text()
     assert all(f"(plots/{name})" in text for name in pictures)
-    rows = list(csv.DictReader((tmp_path / "comparison.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
     assert len(rows) == 30
     expected = {"arm": "arm 0", "rounds_to_target": "2", "bytes_to_target": "40", "versions": "fedbe=0 torch=2"}
     expected |= {"stories_base": "0.8", "stories_final": "0.4", "retention_mean": "0.5"} if tasks else {}

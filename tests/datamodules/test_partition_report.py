@@ -69,5 +69,6 @@ def test_the_picture_is_written_without_touching_the_backend(tmp_path: Path, cli
     before = matplotlib.rcParams["backend"]
     labels = Counter({f"class {number}": number + 1 for number in range(classes)})
     plot_partition([ClientShare(f"client {number}", 5, labels=labels) for number in range(clients)], tmp_path / "p.png")
-    assert Image.open(tmp_path / "p.png").size[0] >= 900
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size[0] >= 900
     assert matplotlib.rcParams["backend"] == before

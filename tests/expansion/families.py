@@ -69,7 +69,7 @@ FAMILIES: dict[str, Builder] = {
     "stablelm": _causal("StableLmConfig", **_GROUPED, hidden_dropout=0.1),
     "starcoder2": _causal("Starcoder2Config", **_GROUPED, residual_dropout=0.1, sliding_window=None),
     "phi": _causal("PhiConfig", **_GROUPED, resid_pdrop=0.1),
-    "gpt2": _causal("GPT2Config", **_TOKENS, n_embd=32, n_head=4, n_layer=4, n_positions=64),
+    "gpt2": _causal("GPT2Config", **_TOKENS, n_embd=32, n_head=4, n_layer=4, n_positions=64, resid_pdrop=0.1),
     "gpt_neo": _causal(
         "GPTNeoConfig",
         **_TOKENS,
@@ -119,7 +119,14 @@ FAMILIES: dict[str, Builder] = {
     "roberta": _classifier("RobertaConfig", **_BERT),
     "electra": _classifier("ElectraConfig", **_BERT, embedding_size=16),
     "distilbert": _classifier(
-        "DistilBertConfig", **_TOKENS, dim=32, hidden_dim=48, n_heads=4, n_layers=4, max_position_embeddings=64
+        "DistilBertConfig",
+        **_TOKENS,
+        dim=32,
+        hidden_dim=48,
+        n_heads=4,
+        n_layers=4,
+        max_position_embeddings=64,
+        dropout=0.1,
     ),
     "llama_classifier": _classifier("LlamaConfig", **_GROUPED),
     "vit": _images("ViTConfig"),

@@ -20,11 +20,10 @@ with RunFolder(Path(sys.argv[1])).in_use():
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"here\n"
-    yield process
-    process.kill()
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"here\n"
+        yield process
+        process.kill()
 
 
 def test_a_second_process_is_kept_out_and_a_killed_one_keeps_nobody_out(tmp_path, holder):
