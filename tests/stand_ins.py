@@ -116,6 +116,6 @@ def with_local_material(name, folder):
     corpus = saved(folder / "rows", with_images=name == "vit")
     config["data"]["init_args"] |= {"corpus": corpus, "batch_size": 2}
     for task in config.get("general_tasks", []):
-        material = {"corpus": corpus, "sequences": 4}
+        material = {"corpus": corpus, "sequences": 4, "max_sequences": 4, "max_items": 40}
         task["init_args"] |= {key: value for key, value in material.items() if key in task["init_args"]}
     return config
