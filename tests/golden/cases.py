@@ -18,7 +18,12 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 """The settings that choose where clients train."""
 
-ALLOWED: dict[str, dict[str, str]] = {}
+ALLOWED: dict[str, dict[str, str]] = {
+    "mishap/rounds_that_are_taken_back": {
+        "rounds/3/downstream/loss": "a round that is taken back has the score of the state that is kept",
+        "rounds/3/rolled_back": "and says what the discarded model scored",
+    },
+}
 """Case → path of a value that may differ from what was recorded (``summary/downstream/loss``) → why."""
 
 ROUGH: dict[str, str] = {
