@@ -1,19 +1,21 @@
 import pytest
 import torch
 from datasets import Dataset
-from toy import tiny_llama, toy_loop
+from toy import adamw, tiny_llama, toy_loop, toy_plan
 from transformers import BertConfig, BertForSequenceClassification
 
 from fedbe.algorithms import FedAvg
-from fedbe.errors import ConfigError, Facts
-from fedbe.messages import ClientTask
+from fedbe.client.plan import prepare_model
+from fedbe.errors import ConfigError, Facts, Problem
+from fedbe.messages import FitTask
 from fedbe.modeling.base_model import BaseModel
 from fedbe.objectives import Anchor, FedProx
 from fedbe.objectives.anchor import HiddenStates, Predictions
+from fedbe.traits import Trait
 
 
 def task(client="client", round_index=0):
-    return ClientTask(client, 0, round_index, {}, ())
+    return FitTask(client, 0, round_index, {}, ())
 
 
 def anchor(**options):
@@ -94,7 +96,7 @@ def test_text_follows_from_the_seed_and_choices_from_client_and_round():
     moved(model)
     batch = {"input_ids": torch.zeros(4, 3)}
     tasks = [task("a"), task("a"), task("b"), task("a", round_index=1)]
-    losses = [own.local(model, each).loss(torch.zeros(()), batch).item() for each in tasks]
+    losses = [own.local(model, each, {}).loss(torch.zeros(()), batch).item() for each in tasks]
     assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
@@ -104,7 +106,7 @@ def test_the_loss_is_the_tasks_plus_the_weighted_distance_and_has_gradients():
     for weight in (1.0, 3.0):
         own = anchor(weight=weight)
         own.prepare(tiny_llama(), None, seed=0)
-        losses.append(own.local(model, task()).loss(torch.tensor(2.0), {"input_ids": torch.zeros(4, 3)}))
+        losses.append(own.local(model, task(), {}).loss(torch.tensor(2.0), {"input_ids": torch.zeros(4, 3)}))
     assert losses[1].item() - 2 == pytest.approx(3 * (losses[0].item() - 2), rel=1e-5)
     losses[0].backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -129,18 +131,36 @@ def test_what_would_not_fit_in_memory_is_refused_with_a_remedy(monkeypatch):
 
 
 def test_wrong_numbers_are_problems():
-    problems = anchor(weight=0, share=-1, temperature=0, sequences=0, sequence_length=1, top=0).check(
-        "client.objective.init_args", Facts()
-    )
-    assert {problem.key.rsplit(".", 1)[1] for problem in problems} == {
-        "weight", "share", "temperature", "sequences", "sequence_length", "top",
+    wrong = anchor(weight=0, share=-1, temperature=0, sequences=0, sequence_length=1, top=0, objective=FedProx(-1.0))
+    problems = wrong.check("client.objective.init_args", Facts(optimizer=adamw))
+    assert {problem.key.removeprefix("client.objective.init_args.") for problem in problems} == {
+        "weight", "share", "temperature", "sequences", "sequence_length", "top", "objective.init_args.mu",
     }  # fmt: skip
+
+
+def test_mistakes_of_a_corpus_and_of_an_inner_objective_are_named_where_they_stand(monkeypatch):
+    class Wrong(TwoTexts):
+        def check(self, key, facts):
+            return [Problem(f"{key}.folder", 1, "no")]
+
+    key = "client.objective.init_args"
+    [problem] = anchor(corpus=Wrong()).check(key, Facts())
+    assert problem.key == f"{key}.corpus.init_args.folder"
+    monkeypatch.setattr("fedbe.objectives.anchor.CACHE_LIMIT", 1000)
+    with pytest.raises(ConfigError, match=r"^objective\.init_args\.sequences = 12"):
+        anchor(objective=anchor()).prepare(tiny_llama(), None, seed=0)
+    with pytest.raises(ConfigError, match=r"^client\.objective\.init_args\.sequences = 12"):
+        prepare_model(toy_plan(objective=anchor()), {})
+
+
+def test_an_anchor_needs_what_the_other_objective_needs():
+    assert anchor().needs == {Trait.SINGLE_CLIENT_STEPS}
+    assert anchor(objective=FedProx()).needs == {Trait.SINGLE_CLIENT_STEPS, Trait.GLOBAL_MODEL}
 
 
 def test_an_anchored_run_forgets_less_and_other_objectives_go_with_it(tmp_path):
     def drift(name, objective):
         loop = toy_loop(tmp_path / name, algorithm=FedAvg(), rounds=3, objective=objective)
-        loop.engine.objective = objective
         probe = anchor()
         probe.prepare(loop.model, None, seed=5)
         loop.run()

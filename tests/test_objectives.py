@@ -4,11 +4,12 @@ from torch import nn
 from toy import ToyData, adamw, resumed, toy_loop
 
 from fedbe.aggregation import FedAdam
-from fedbe.algorithms import Unfreeze
+from fedbe.algorithms import FedAvg, FLoRA, LocalOnly, Unfreeze
 from fedbe.callbacks import CheckpointCallback
 from fedbe.errors import Facts, UpdateError
-from fedbe.messages import ClientTask, Update
-from fedbe.objectives import FedProx, Plain, Scaffold
+from fedbe.messages import FitTask, Update
+from fedbe.objectives import FedProx, Objective, Plain, Scaffold
+from fedbe.traits import Trait
 
 
 def sgd(parameters):
@@ -16,13 +17,21 @@ def sgd(parameters):
 
 
 def toy_with(folder, objective, **changes):
-    loop = toy_loop(folder, objective=objective, algorithm=Unfreeze([1]), optimizer=sgd, **changes)
-    loop.engine.objective = objective
-    return loop
+    return toy_loop(folder, objective=objective, algorithm=Unfreeze([1]), optimizer=sgd, **changes)
 
 
-def task(names, extra=(), kept=()):
-    return ClientTask("client", 0, 0, {}, tuple(names), extra=dict(extra), objective_kept=dict(kept))
+def task(names, extra=()):
+    return FitTask("client", 0, 0, {}, tuple(names), extra=dict(extra))
+
+
+def own_controls(loop):
+    """What each client's objective keeps, by the client's name."""
+    kept = {}
+    for key, tensor in loop.engine.tensors(loop.server.accepted).items():
+        part, _, client, name = key.split("/")
+        if part == "objective":
+            kept.setdefault(client, {})[name] = tensor
+    return kept
 
 
 def one_weight(value):
@@ -33,7 +42,7 @@ def one_weight(value):
 
 def test_plain_leaves_loss_and_gradients_alone():
     model = one_weight(1.0)
-    local = Plain().local(model, task(["weight"]))
+    local = Plain().local(model, task(["weight"]), {})
     model.weight.grad = torch.full((1, 1), 3.0)
     local.correct_gradients(0.1)
     assert local.loss(torch.tensor(5.0), {}).item() == 5.0 and model.weight.grad.item() == 3.0
@@ -41,7 +50,7 @@ def test_plain_leaves_loss_and_gradients_alone():
 
 def test_fedprox_adds_half_mu_times_the_squared_distance():
     model = one_weight(1.0)
-    local = FedProx(mu=0.5).local(model, task(["weight"]))
+    local = FedProx(mu=0.5).local(model, task(["weight"]), {})
     with torch.no_grad():
         model.weight.fill_(4.0)
     loss = local.loss(torch.tensor(2.0), {})
@@ -54,9 +63,8 @@ def test_fedprox_holds_clients_near_the_global_model(tmp_path):
     def distance(mu):
         loop = toy_with(tmp_path / str(mu), FedProx(mu), rounds=1)
         loop.setup()
-        loop.progress.started = 1
-        task = loop.task("client-3", ("block_1",))
-        update = loop.engine.train_client(task)
+        task = loop.server.task("client-3", 0, 0, ("block_1",))
+        update = loop.engine.training.train(task)
         return sum((t - task.received[n]).square().sum().item() for n, t in update.tensors.items())
 
     assert distance(5.0) < 0.9 * distance(0.0)
@@ -65,7 +73,7 @@ def test_fedprox_holds_clients_near_the_global_model(tmp_path):
 def test_one_scaffold_client_by_hand():
     model = one_weight(1.0)
     server, own = {"weight": torch.full((1, 1), 0.5)}, {"weight": torch.full((1, 1), 0.2)}
-    local = Scaffold().local(model, task(["weight"], server, own))
+    local = Scaffold().local(model, task(["weight"], server), own)
     for gradient in (2.0, 1.0):
         model.weight.grad = torch.full((1, 1), gradient)
         local.correct_gradients(0.1)
@@ -89,21 +97,27 @@ def test_the_server_divides_by_all_clients_and_only_at_the_end_of_the_round():
     assert scaffold.send(["weight"])["weight"].item() == (1.0 + 3.0) / 4
 
 
-def test_a_control_variate_that_is_not_finite_is_refused_with_the_client_s_name():
+@pytest.mark.parametrize(
+    "change", [{"weight": torch.full((1,), float("nan"))}, {"weight": torch.zeros(2)}, {"other": torch.zeros(1)}]
+)
+def test_a_control_variate_that_cannot_be_added_is_refused_with_the_client_s_name_and_nothing_of_it_is_kept(change):
     scaffold = Scaffold()
-    scaffold.setup({"weight": torch.zeros(1)}, clients=1)
+    scaffold.setup({"weight": torch.zeros(1), "bias": torch.zeros(1)}, clients=1)
     with pytest.raises(UpdateError, match="client-7"):
-        scaffold.receive(Update("client-7", {}, 1, extra={"weight": torch.full((1,), float("nan"))}))
+        scaffold.check_update(Update("client-7", {}, 1, extra={"bias": torch.ones(1), **change}))
+    scaffold.step()
+    assert all(not control.any() for control in scaffold.send(["weight", "bias"]).values())
 
 
 def test_with_full_participation_the_server_s_control_is_the_mean_of_the_clients(tmp_path):
     loop = toy_with(tmp_path / "run", Scaffold(), rounds=3)
     loop.run()
-    assert len(loop.objective_kept) == 4
-    for name, control in loop.objective.control.items():
-        mean = torch.stack([kept[name] for kept in loop.objective_kept.values()]).mean(0)
+    own, controls = own_controls(loop), loop.plan.objective.control
+    assert len(own) == 4
+    for name, control in controls.items():
+        mean = torch.stack([kept[name] for kept in own.values()]).mean(0)
         torch.testing.assert_close(control, mean, rtol=1e-4, atol=1e-6)
-    assert max(control.abs().max() for control in loop.objective.control.values()) > 1e-3
+    assert max(control.abs().max() for control in controls.values()) > 1e-3
 
 
 def test_a_round_with_scaffold_is_the_rule_on_a_plain_loop(tmp_path):
@@ -111,13 +125,12 @@ def test_a_round_with_scaffold_is_the_rule_on_a_plain_loop(tmp_path):
     loop.setup()
     loop.folder.create({})
     loop.advance()
-    c = {name: t.clone() for name, t in loop.objective.control.items()}
-    own = {name: t.clone() for name, t in loop.objective_kept["client-1"].items()}
-    loop.progress.started = 2
-    task = loop.task("client-1", ("block_1",))
-    update = loop.engine.train_client(task)
-    loop.algorithm.begin(loop.model, task)
-    rows = loop.data.client_dataset("client-1").rows
+    c = {name: t.clone() for name, t in loop.plan.objective.control.items()}
+    own = {name: t.clone() for name, t in own_controls(loop)["client-1"].items()}
+    task = loop.server.task("client-1", 0, 1, ("block_1",))
+    update = loop.engine.training.train(task)
+    loop.plan.topology.begin(loop.model, loop.plan.adaptation, task, {})
+    rows = loop.plan.data.client_dataset("client-1").rows
     for _ in range(3):
         loop.model.zero_grad()
         loop.model(input_ids=rows, labels=rows).loss.backward()
@@ -145,7 +158,7 @@ def test_scaffold_continues_from_a_checkpoint_to_the_same_tensors(tmp_path):
     while not rest.done:
         rest.advance()
     first, second = whole.tensors(), rest.tensors()
-    assert first.keys() == second.keys() and any(key.startswith("objective_kept/client-") for key in first)
+    assert first.keys() == second.keys() and any(key.startswith("engine/objective/") for key in first)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -157,6 +170,28 @@ def test_scaffold_refuses_all_but_plain_sgd():
 
 
 def test_a_negative_mu_is_a_problem():
-    assert [problem.key for problem in FedProx(-1.0).check("client.objective.init_args", Facts())] == [
-        "client.objective.init_args.mu"
-    ]
+    problems = FedProx(-1.0).check("client.objective.init_args", Facts())
+    assert [problem.key for problem in problems] == ["client.objective.init_args.mu"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "objective", "missing"),
+    [
+        (FedAvg(), Scaffold(), set()),
+        (LocalOnly(FedAvg()), Plain(), set()),
+        (LocalOnly(FedAvg()), FedProx(), {Trait.GLOBAL_MODEL}),
+        (LocalOnly(FedAvg()), Scaffold(), {Trait.GLOBAL_MODEL}),
+        (FLoRA(rank=2), FedProx(), set()),
+        (FLoRA(rank=2), Scaffold(), {Trait.LASTING_TENSORS}),
+    ],
+)
+def test_objectives_need_what_their_rule_rests_on(algorithm, objective, missing):
+    assert objective.needs - algorithm.offers == missing
+
+
+def test_an_objective_of_one_s_own_acts_on_one_client_unless_it_says_otherwise():
+    class Own(Objective):
+        """Whatever."""
+
+    assert Own().needs == {Trait.SINGLE_CLIENT_STEPS} and Plain().needs == set()
+    assert Trait.SERVER_SEES_REPORTS in Scaffold().needs
