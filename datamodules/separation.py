@@ -7,9 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from fedbe.modeling.passes import Pass, evaluation_mode, replaced
 from fedbe.seeding import isolated_rng
 
 _log = logging.getLogger(__name__)
@@ -47,16 +48,12 @@ def separates_documents(model: PreTrainedModel, tolerance: float = 1e-4) -> bool
     """
     ids, positions = (torch.tensor(rows, device=model.device) for rows in (_IDS, _POSITIONS))
     ids %= model.config.get_text_config().vocab_size
-    training = model.training
-    model.train(False)
-    try:
+    with evaluation_mode(model, inference=False):
         with torch.enable_grad():
             embedded, packed = _embedded_and_logits(model, ids, positions)
             (gradient,) = torch.autograd.grad(packed[:, _FIRST:].square().sum(), embedded)
         with torch.no_grad():
             alone = [model(input_ids=part, use_cache=False).logits for part in (ids[:, :_FIRST], ids[:, _FIRST:])]
-    finally:
-        model.train(training)
     crosses = bool(gradient[:, :_FIRST].any())
     return not crosses and torch.allclose(packed, torch.cat(alone, dim=1), atol=tolerance, rtol=tolerance)
 
@@ -65,15 +62,13 @@ def _embedded_and_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor)
     """Return what the tokens are embedded as, and the logits, which can be derived by it."""
     kept: list[Tensor] = []
 
-    def keep(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    def keep(own: Pass, *arguments: Any, **options: Any) -> Tensor:
+        output: Tensor = own(*arguments, **options)
         kept.append(output if output.requires_grad else output.requires_grad_())
         return output
 
-    handle = model.get_input_embeddings().register_forward_hook(keep)
-    try:
+    with replaced(model.get_input_embeddings(), keep):
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    finally:
-        handle.remove()
     return kept[0], logits
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from fedbe.assets import micro_path
 from fedbe.cli.main import main
+from fedbe.config.parser import read_run, run_parser
 
 TEXT = "The number {} comes before the number {}, as everyone who has learned to count will tell you. "
 
@@ -43,10 +44,14 @@ def config(tmp_path):
     }  # fmt: skip
 
 
-def run(config, tmp_path, *arguments, command="fit"):
+def write(config, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    return main([command, f"--config={path}", *arguments])
+    return [f"--config={path}"]
+
+
+def run(config, tmp_path, *arguments, command="fit"):
+    return main([command, *write(config, tmp_path), *arguments])
 
 
 def test_a_run_leaves_what_the_documentation_lists(config, tmp_path, capsys):
@@ -215,6 +220,41 @@ def test_a_section_that_is_no_mapping_is_refused(config, tmp_path, capsys, secti
     assert f"- {section} = {value!r}: give a mapping" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("workers", 4, "engine: {class_path: fedbe.engines.Forked, init_args: {workers: 4}}"),
+        ("clients_in_one_pass", 8, "engine: {class_path: fedbe.engines.OnePass, init_args: {clients: 8}}"),
+        ("clients_in_one_pass", "auto", "engine: {class_path: fedbe.engines.OnePass, init_args: {clients: auto}}"),
+        ("workers", 1, "leave it out"),
+    ],
+)
+def test_keys_of_earlier_versions_are_refused_with_what_to_write_now(config, tmp_path, capsys, key, value, remedy):
+    config["federation"][key] = value
+    assert run(config, tmp_path) == 2
+    errors = capsys.readouterr().err
+    assert f"- federation.{key} = {value!r}" in errors and remedy in errors
+    if value != 1:
+        del config["federation"][key]
+        written = yaml.safe_load(remedy)
+        parsed, _ = read_run(run_parser("fit"), write(config | written, tmp_path))
+        assert type(parsed.engine).__name__ == written["engine"]["class_path"].rsplit(".", 1)[1]
+        assert vars(parsed.engine).items() >= written["engine"]["init_args"].items()
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"class_path": "fedbe.engines.Forked", "init_args": {"workers": 0}}, "engine.init_args.workers = 0"),
+        ({"class_path": "fedbe.engines.OnePass", "init_args": {"clients": 0}}, "engine.init_args.clients = 0"),
+        ({"class_path": "fedbe.engines.Nowhere"}, "Nowhere"),
+    ],
+)
+def test_a_mistake_in_the_engine_is_reported_there(config, tmp_path, capsys, engine, said):
+    assert run(config | {"engine": engine}, tmp_path) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_keeping_the_largest_loss_is_refused(config, tmp_path, capsys):
     best = {"class_path": "fedbe.callbacks.KeepBest", "init_args": {"monitor": "downstream/loss"}}
     config["callbacks"] = [best]
@@ -233,7 +273,8 @@ def test_keeping_the_best_round_of_a_model_that_grows_is_refused(config, tmp_pat
 def test_a_general_task_longer_than_the_model_takes_is_refused(config, tmp_path, capsys):
     config["general_tasks"][0]["init_args"]["sequence_length"] = 300
     assert run(config, tmp_path) == 2
-    assert "the model takes 256 at most" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    said = "general_tasks[0].init_args.sequence_length = 300: the model takes 256 at most"
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_an_existing_output_folder_is_refused_and_left_alone(config, tmp_path, capsys):

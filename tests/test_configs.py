@@ -13,13 +13,14 @@ from fedbe.algorithms import Algorithm
 from fedbe.callbacks import PlotCallback
 from fedbe.config.build import build
 from fedbe.config.parser import read_run, run_parser
-from fedbe.config.rules import check_sections
+from fedbe.config.rules import check_sections, facts_of
+from fedbe.traits import Trait
 
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 METHODS = [path.stem for path in sorted(FOLDER.glob("algorithms/*.yaml"))]
 TASKS = ("quickstart", "shakespeare", "clinc150")
 SHORTER = {"gated": ["--algorithm.init_args.sequences=2", "--algorithm.init_args.sequence_length=8"]}
-BASES = {"Algorithm", "LoRA", "PooledData", "Wrapper"}  # what methods are made of
+BASES = {"Algorithm"}  # what methods are made of
 
 
 def test_every_shipped_configuration_is_tried_here():
@@ -30,7 +31,8 @@ def test_every_shipped_configuration_is_tried_here():
 def test_a_shipped_configuration_is_valid_as_it_is(name):
     run, _ = read_run(run_parser("fit"), [f"--config={FOLDER / name}.yaml"])
     assert run.name == name.replace("_", "-")
-    assert run.client.check() == [] and run.federation.check() == []
+    facts = facts_of(vars(run), model_known=False)
+    assert run.client.check("client", facts) == [] and run.federation.check("federation", facts) == []
 
 
 @pytest.mark.filterwarnings("ignore:The base model scores 0 on")  # its weights are random
@@ -46,7 +48,7 @@ def test_a_shipped_configuration_runs_on_a_tiny_model(name, tmp_path):
     summary = loop.run()
     assert summary["rounds"] == 1
     assert json.loads(loop.folder.summary.read_text())["trainable_parameters"] > 0
-    assert all(torch.isfinite(tensor).all() for tensor in loop.state.values())
+    assert all(torch.isfinite(tensor).all() for tensor in loop.server.state.values())
 
 
 def composed(task, method, *more):
@@ -58,7 +60,7 @@ def composed(task, method, *more):
 class NoPlots(PlotCallback):
     """Takes the place of the pictures, which take longer than the rest of a short run."""
 
-    def on_run_written(self, loop):
+    def on_run_written(self, run):
         pass
 
 
@@ -113,5 +115,5 @@ def test_a_method_runs_on_the_quickstart(method, tmp_path):
     loop = build(run, config)
     loop.run()
     before, after = (record["downstream"]["loss"] for record in loop.history)
-    assert (before != after) == run.algorithm.aggregates
-    assert all(torch.isfinite(tensor).all() for tensor in loop.state.values())
+    assert (before != after) == (Trait.AGGREGATION in run.algorithm.offers)
+    assert all(torch.isfinite(tensor).all() for tensor in loop.server.state.values())

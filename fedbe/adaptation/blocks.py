@@ -67,7 +67,7 @@ class Blocks(BlockUnits):
 
     def grow(self, model: PreTrainedModel, structure: Structure, inputs: Batch | None = None) -> Mapping[str, str]:
         """Insert the blocks that the structure has and the model has not, one after another."""
-        missing = Counter(structure["positions"])
+        missing: Counter[int] = Counter(structure["positions"])
         missing.subtract(self.expansion.positions)
         if min(missing.values()) < 0:
             raise ValueError(f"blocks at {list(self.expansion.positions)} cannot become blocks at {structure}")

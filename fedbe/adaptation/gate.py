@@ -165,7 +165,7 @@ class Gate(Adaptation):
         raise ExpansionError("a gate alone is no model: the first part of the stack that it is in is exported")
 
     def exported_beside(self, model: PreTrainedModel, write: Callable[[], ExportReport]) -> ExportReport:
-        """Have the model written: with expanded blocks the gate is saved, a model with adapters is open to all tokens."""
+        """Have it written: expanded blocks with the gate, and a model with adapters open to all tokens."""
         if self._gated_blocks:
             return write()
         self.detach(model)

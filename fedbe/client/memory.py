@@ -63,7 +63,7 @@ class ClientMemory:
         Args:
             accepted: Client → the round of its last accepted update; nothing else is needed any more.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
         for client_id, round_index in accepted.items():
             kept = self.get(client_id, round_index)
             for part, tensors in (("tensors", kept.tensors), ("objective", kept.objective)):

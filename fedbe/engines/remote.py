@@ -292,9 +292,9 @@ class RemoteEngine(Engine):
             self._samples.setdefault(client, greeting.samples)
 
     def _expects(self, client: str) -> bool:
-        if client in self._samples or not isinstance(self.clients, int):
-            return client in self._samples or client in self.clients
-        return len(self._samples) < self.clients
+        if client in self._samples:
+            return True
+        return len(self._samples) < self.clients if isinstance(self.clients, int) else client in self.clients
 
     def _send(self, address: str, number: int, message: Message) -> bool:
         """Send a message; return whether that could be done."""

@@ -7,6 +7,7 @@ import logging
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -181,14 +182,16 @@ class _Space:
 
     def __init__(self, size: int, folder: Path) -> None:
         self._folder, self._size = folder, size
-        self._file = tempfile.TemporaryFile(dir=folder, prefix="fedbe-prefix-")  # noqa: SIM115
-        os.truncate(self._file.fileno(), size)
+        self._file, name = tempfile.mkstemp(prefix="fedbe-prefix-", dir=folder)
+        weakref.finalize(self, os.close, self._file)
+        os.unlink(name)
+        os.truncate(self._file, size)
         self._allocated = 0
         self._full = False
 
     def mapped(self) -> mmap.mmap:
         """Return the file as memory."""
-        return mmap.mmap(self._file.fileno(), self._size)
+        return mmap.mmap(self._file, self._size)
 
     def holds(self, start: int, end: int, last: int) -> bool:
         """Whether there is room on the disk for the bytes from `start` to `end`, which are filled without gaps.
@@ -203,7 +206,7 @@ class _Space:
         # Some more at a time, for it is a call to the system each time; where that is not there, what is needed.
         for stop in (min(last, end + _CHUNK), end):
             try:
-                _allocate(self._file.fileno(), start, stop - start)
+                _allocate(self._file, start, stop - start)
             except OSError as error:
                 reason = error.strerror
             else:

@@ -191,7 +191,7 @@ def test_growth_that_cannot_be_leaves_the_gate_in_place():
     stack = Stack([PlacedBlocks(), small_gate()])
     model = prepared(stack, at(0, 2))
     for wrong in (at(2), at(0, 1), {"positions": [0, 2], "storeys": 3}):
-        with pytest.raises(ValueError, match="cannot become blocks at|no part of the stack has a 'storeys'"):
+        with pytest.raises(ValueError, match=r"cannot become blocks at|no part of the stack has a 'storeys'"):
             stack.grow(model, wrong, IDS)
         assert find_gate(model) is not None and stack.structure() == at(0, 2)
     assert stack.grow(model, at(0, 2), IDS) == {}
@@ -200,7 +200,7 @@ def test_growth_that_cannot_be_leaves_the_gate_in_place():
 def test_parameters_of_a_part_that_another_would_move_are_named():
     stack = Stack([PlacedBlocks(), Adapters(rank=2)])
     model = prepared(stack, at(2))
-    with pytest.raises(ValueError, match="Adapters trains .*, which PlacedBlocks has moved"):
+    with pytest.raises(ValueError, match=r"Adapters trains .*, which PlacedBlocks has moved"):
         stack.grow(model, at(0, 2), IDS)
 
 

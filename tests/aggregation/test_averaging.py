@@ -98,7 +98,7 @@ def test_the_default_is_the_holders_mean_to_the_bit():
 @pytest.mark.parametrize("rule", ROBUST, ids=repr)
 def test_broken_updates_are_refused_by_every_rule(rule):
     with pytest.raises(UpdateError, match="not finite"):
-        averaged(rule, [Update("c", {"a": torch.full((3, 2), float("nan"))}, 1)])
+        rule.begin({"a": torch.zeros(3, 2)}, 0).check(Update("c", {"a": torch.full((3, 2), float("nan"))}, 1))
 
 
 @pytest.mark.parametrize(

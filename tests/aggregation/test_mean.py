@@ -88,5 +88,5 @@ def test_the_sender_s_tensors_are_not_kept_or_changed():
 def test_an_unusable_update_is_an_error_that_names_the_client(bad, message):
     mean = HolderMean(STATE)
     with pytest.raises(UpdateError, match=f"'eve'.*{message}"):
-        mean.add(bad)
+        mean.check(bad)
     assert torch.equal(mean.result()["a"], STATE["a"])

@@ -8,10 +8,12 @@ import pytest
 from full_disk import no_room
 from matplotlib.figure import Figure
 from rich.console import Console
+from toy import toy_loop
 
-from fedbe.callbacks import PlotCallback, ProgressCallback, summary_table
+from fedbe.callbacks import FaultInjection, PlotCallback, ProgressCallback, summary_table
 from fedbe.datamodules.report import ClientShare
 from fedbe.evaluation.dial import Dial, DialPoint
+from fedbe.federation.callback import FederatedCallback, Phase
 from fedbe.figures.dial import dial_figure, dial_table
 from fedbe.figures.learning import figures, learning_figure, spread
 from fedbe.figures.partition import plot_partition, print_partition
@@ -58,6 +60,19 @@ def test_on_a_terminal_the_display_is_closed_by_an_exception(fake_loop, history)
     assert not display.live.is_started
     assert "\x1b[?25h" in callback.console.file.getvalue()  # the cursor is shown again
     loop.call("on_exception", RuntimeError())
+
+
+def test_a_client_whose_update_is_refused_is_counted_once(tmp_path):
+    callback, counts = progress(terminal=True), []
+
+    class Watch(FederatedCallback):
+        phase = Phase.DISPLAY
+
+        def on_aggregate(self, run, new_state):
+            counts.append([(task.completed, task.total) for task in callback._display.tasks])
+
+    toy_loop(tmp_path / "run", rounds=1, callbacks=[callback, FaultInjection("nan", ["client-1"]), Watch()]).run()
+    assert counts == [[(0, 1), (4, 4)]]
 
 
 def rendered(summary, width=100):

@@ -74,7 +74,7 @@ def test_checkpointing_that_is_switched_on_between_clients_is_replaced():
     index = ModelIndex(model)
     index.train_only(stack_parameter_names(model)[1])
     assert not checkpoints_gradients(model.modules())
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     index.train_only(stack_parameter_names(model)[1])
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert checkpoints_gradients(find_blocks(model).blocks)

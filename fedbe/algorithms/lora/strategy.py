@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedbe.adaptation.adapters import Adapters
 from fedbe.adaptation.base import Tensors
-from fedbe.adaptation.lora_layers import received_rank
 from fedbe.aggregation import Aggregator, HolderMean, check_update
 from fedbe.algorithms.base import Strategy
 from fedbe.errors import Facts, Problem, UpdateError
@@ -123,7 +122,8 @@ class FactorRound:
         if missing := [name for name in adapters.factor_names if name not in update.tensors]:
             raise UpdateError(f"{who} did not send {missing[0]!r}, which its other factors are of no use without")
         name = adapters.adapters[0].a
-        rank, known = _rows(update.tensors[name]), self._strategy.ranks_from(update.client_id)
+        sent, known = update.tensors[name], self._strategy.ranks_from(update.client_id)
+        rank = len(sent) if sent.ndim else 0
         if rank not in known:
             expected = " or ".join(map(str, known))
             raise UpdateError(f"{who} sent {name!r} of rank {rank}, expected {expected}")
@@ -143,13 +143,10 @@ class FactorRound:
         if not self._updates:
             return dict(self._state)
         total = sum(update.samples for update in self._updates)
-        contributions = [Contribution(u, self._rank(u), u.samples / total) for u in self._updates]
+        first = self._strategy.adapters.adapters[0].a
+        contributions = [Contribution(u, len(u.tensors[first]), u.samples / total) for u in self._updates]
         with torch.no_grad():
             return dict(self._state) | self._rest.result() | self._strategy.combine(self._state, contributions)
-
-    def _rank(self, update: Update) -> int:
-        rank = received_rank(self._strategy.adapters.adapters, update.tensors)
-        return self._strategy.adapters.max_rank if rank is None else rank
 
 
 def factor_mean(contributions: Sequence[Contribution], names: Sequence[str]) -> dict[str, Tensor]:
@@ -158,7 +155,3 @@ def factor_mean(contributions: Sequence[Contribution], names: Sequence[str]) -> 
     for part in contributions:
         mean.add(replace(part.update, tensors={name: part.update.tensors[name] for name in names}))
     return mean.result()
-
-
-def _rows(factor: Tensor) -> int:
-    return factor.shape[0] if factor.ndim else 0
