@@ -6,7 +6,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup quickstart test test-newest lint typecheck bench lock clean
+.PHONY: help setup quickstart test test-newest lint typecheck layers bench lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,10 +42,19 @@ lint: setup  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-typecheck: setup  ## check types, on an installed copy because callbacks/ and datamodules/ are mapped into the package
+# callbacks/ and datamodules/ are mapped into the package: what is checked as a whole is an installed copy.
+define installed_copy
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
+endef
+
+typecheck: setup  ## check types
+	$(installed_copy)
 	cd build/typecheck && $(abspath $(BIN))/mypy --strict --config-file ../../pyproject.toml fedbe
+
+layers: setup  ## check which package imports which, types included
+	$(installed_copy)
+	cd build/typecheck && $(abspath $(BIN))/lint-imports --no-cache --no-logo ../../pyproject.toml
 
 bench: setup  ## measure overhead and memory of a run on this machine
 	$(BIN)/fedbe bench overhead

@@ -2,9 +2,9 @@
 
 from fedbe.errors import Facts, Problem, check_at_least
 from fedbe.federation.callback import FederatedCallback, Phase
+from fedbe.federation.kept_outcomes import KeptOutcomes
 from fedbe.federation.view import RunView
 from fedbe.storage.checkpoint import Checkpoints
-from fedbe.storage.kept_outcomes import KeptOutcomes
 
 
 class CheckpointCallback(FederatedCallback):

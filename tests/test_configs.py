@@ -20,7 +20,7 @@ CONFIGS = sorted(FOLDER.glob("*.yaml"))
 METHODS = [path.stem for path in sorted(FOLDER.glob("algorithms/*.yaml"))]
 TASKS = ("quickstart", "shakespeare", "clinc150")
 SHORTER = {"gated": ["--algorithm.init_args.sequences=2", "--algorithm.init_args.sequence_length=8"]}
-BASES = {"Algorithm"}  # what methods are made of
+BASES = {"Algorithm", "LoRA"}  # what methods are made of
 
 
 def test_every_shipped_configuration_is_tried_here():

@@ -13,7 +13,7 @@ from fedbe.messages import Update
 LARGEST = 1e6
 """The largest absolute value that a client may send for a tensor.
 
-Finite values far beyond that turn the mean, or the next round's activations, into infinities; no training comes to them.
+Values far beyond that turn the mean, or the next round's activations, into infinities; no training comes to them.
 """
 
 

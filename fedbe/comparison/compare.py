@@ -114,7 +114,7 @@ def dial_jobs(config: ComparisonConfig, runs: Sequence[Job]) -> list[DialJob]:
     """Return the measurements of the dial: of every finished run of an arm that has one."""
     if not config.dial:
         return []
-    able = {arm for arm in {run.arm for run in runs} if config.has_dial(arm)}
+    able = {arm for arm in {run.arm for run in runs} if config.can_be_dialled(arm)}
     return [
         DialJob(run.arm, run.learning_rate, run.seed, run.config, run.folder, tuple(config.dial))
         for run in runs

@@ -80,7 +80,7 @@ class ComparisonConfig:
         merge(config, nest(".".join(LEARNING_RATE), learning_rate))
         return config | {"name": f"{slug(arm)}-{learning_rate:g}-{seed}", "seed": seed}
 
-    def has_dial(self, arm: str) -> bool:
+    def can_be_dialled(self, arm: str) -> bool:
         """Whether what an arm trains can be scaled down after training."""
         return self._run(arm).algorithm.offers >= DIAL_NEEDS
 

@@ -20,6 +20,7 @@ from fedbe.federation.callback import FederatedCallback
 from fedbe.modeling.base_model import BaseModel
 from fedbe.prefix.store import PrefixReuse
 from fedbe.storage.checkpoint import LAST, Checkpoint, Checkpoints, read_checkpoint
+from fedbe.storage.metrics_file import MetricsFile
 from fedbe.storage.run_folder import RunFolder
 
 
@@ -86,8 +87,9 @@ class RunConfig:
             return None
         if self.ckpt_path != LAST:
             return read_checkpoint(Path(self.ckpt_path))
-        newest = next(Checkpoints(RunFolder(self.folder).checkpoints).newest_first(), None)
-        return None if newest is None else read_checkpoint(newest)
+        folder = RunFolder(self.folder)
+        last = Checkpoints(folder.checkpoints).last(MetricsFile(folder.metrics).fits)
+        return None if last is None else read_checkpoint(last)
 
     def check(self) -> list[Problem]:
         """Return all mistakes that can be seen before the weights are loaded and data is encoded."""

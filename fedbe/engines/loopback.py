@@ -39,7 +39,7 @@ class LoopbackChannel:
     def connect(self, address: str) -> LoopbackConnection:
         """Return a client's end at an address; one that was there before is gone."""
         if address in self._ends:
-            self._ends[address].gone.set()
+            self._ends[address].end()
         self._ends[address] = LoopbackConnection(address, self._inbox)
         return self._ends[address]
 
@@ -68,7 +68,7 @@ class LoopbackChannel:
     def close(self) -> None:
         """Wait until the clients have ended."""
         for end in self._ends.values():
-            end.outbox.put(None)
+            end.end()
         for thread in self._threads:
             thread.join()
 
@@ -90,6 +90,11 @@ class LoopbackConnection:
         self.outbox: queue.Queue[bytes | None] = queue.Queue()
         self.gone = threading.Event()
         self._inbox = inbox
+
+    def end(self) -> None:
+        """Let whoever receives here know that nothing comes any more."""
+        self.gone.set()
+        self.outbox.put(None)
 
     def send(self, data: bytes) -> None:
         """Send bytes to the server."""

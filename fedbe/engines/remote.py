@@ -434,7 +434,8 @@ class RemoteClient:
         return {name: rows[:2].to(self.plan.model.device) for name, rows in next(iter(batches)).items()}
 
     def _failure(self, error: Exception) -> Failure:
-        return failure(self.client_id, error, structure_version(self.plan.adaptation.structure()))
+        structure = {} if self._inputs is None else self.plan.adaptation.structure()
+        return failure(self.client_id, error, structure_version(structure))
 
 
 def client_of(message: Message) -> str:

@@ -162,7 +162,7 @@ def read_expansion(directory: str | Path) -> Expansion:
 
 
 def rescale(directory: str | Path, to: str | Path, dial: float) -> ExportReport:
-    """Write a saved model anew with another dial, tokenizer and other files included.
+    """Write a saved model once more with another dial, tokenizer and other files included.
 
     Args:
         directory: A folder that `save_model` wrote with dial 1.

@@ -64,7 +64,7 @@ class TokenGate(nn.Module):
         self._depth = 0
         self._hidden: Tensor | None = None
         self._padding: object = None
-        self._seen: tuple[nn.Module, ...] = ()  # in a tuple, lest the block become a submodule of the gate
+        self._seen: tuple[nn.Module, ...] = ()  # in a tuple: not a submodule of the gate
         self._arguments: tuple[str, ...] = ()
         self._handles: list[RemovableHandle] = []
 

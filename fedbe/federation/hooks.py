@@ -49,5 +49,6 @@ class Hooks:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`; a callback that is new starts as it is."""
         for callback in self.callbacks:
-            if callback.state_key in state:
-                callback.load_state_dict(state[callback.state_key])
+            known = dict(state).get(callback.state_key)
+            if known is not None:
+                callback.load_state_dict(known)

@@ -30,6 +30,7 @@ from fedbe.federation.scorer import Scorer, Scores
 from fedbe.federation.server import Server
 from fedbe.federation.view import RunView
 from fedbe.messages import Split
+from fedbe.modeling.families import stated_depth
 from fedbe.prefix import Prefix, PrefixReuse, reuse_prefix
 from fedbe.storage.checkpoint import (
     FORMAT,
@@ -40,6 +41,7 @@ from fedbe.storage.checkpoint import (
     checksum,
     fingerprint,
     influential,
+    understood,
 )
 from fedbe.storage.metrics_file import MetricsFile
 from fedbe.storage.run_folder import RunFolder
@@ -183,7 +185,7 @@ class FederatedLoop:
         strategy.seed = plan.seed
         self.engine.start(plan)
         reports = self.engine.probe(strategy.probed(self.engine.client_ids))
-        depth = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
+        depth = stated_depth(self.model.config) or 0
         prepare_model(plan, self._inputs, strategy.place(reports, depth))
         clients = len(self.engine.client_ids)
         self.server.setup(clients, cohort_count(self.sampler.size, clients), plan.seed)
@@ -206,8 +208,9 @@ class FederatedLoop:
         """
         check_same_run(checkpoint, self.config)
         check_same_base(checkpoint, self._base)
-        self.history = self._metrics.rewind(checkpoint.state["metrics"])
-        self.load_state_dict(checkpoint.state, checkpoint.tensors)
+        with understood(checkpoint):
+            self.history = self._metrics.rewind(checkpoint.state["metrics"])
+            self.load_state_dict(checkpoint.state, checkpoint.tensors)
         Checkpoints(self.folder.checkpoints).supersede_after(checkpoint.path)
         self.record = RoundRecord(**self.history[-1])
         self.scorer.scores = Scores(self.record.downstream, self.record.personalised)
@@ -376,8 +379,8 @@ class FederatedLoop:
         self.progress = Progress(**state["progress"])
         self.summary = dict(state["summary"])
         self.stop_reason = state["stop_reason"]
-        self.simulated_seconds = state["simulated_seconds"]
-        self.scorer.seconds = state["evaluation_seconds"]
+        self.simulated_seconds = float(state["simulated_seconds"])
+        self.scorer.seconds = float(state["evaluation_seconds"])
         self._started = time.perf_counter() - state["wall_seconds"]
         renamed = self.server.come_to(state["server"])
         if renamed is not None:

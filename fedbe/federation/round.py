@@ -13,12 +13,12 @@ from fedbe.engines.base import Engine
 from fedbe.errors import QuorumError, UpdateError
 from fedbe.federation.cohort import CohortSampler
 from fedbe.federation.hooks import Hooks
+from fedbe.federation.kept_outcomes import KeptOutcomes
 from fedbe.federation.quorum import Quorum
 from fedbe.federation.record import RoundRecord
 from fedbe.federation.server import Server
 from fedbe.federation.validation import check_form
 from fedbe.messages import Failure, FitTask, Outcome
-from fedbe.storage.kept_outcomes import KeptOutcomes
 
 _NAMED = 10
 

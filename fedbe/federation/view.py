@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedbe.evaluation.tasks import GeneralTask
+from fedbe.federation.kept_outcomes import KeptOutcomes
 from fedbe.federation.record import SECTIONS, RoundRecord
 from fedbe.federation.rollback import Snapshot, roll_back, snapshot
-from fedbe.storage.kept_outcomes import KeptOutcomes
 from fedbe.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ def freeze(model: nn.Module, trainable_names: Iterable[str]) -> None:
 
 
 def set_training_modes(model: PreTrainedModel, trainable_names: Iterable[str]) -> None:
-    """Put what trains in training mode and all else in evaluation mode; see `ModelIndex.set_training_modes`.
+    """Put trained modules in training mode and the rest in evaluation mode; see `ModelIndex.set_training_modes`.
 
     Raises:
         ExpansionError: If a name is no parameter of the model.

@@ -87,7 +87,7 @@ class ModelIndex:
                 parameter.grad = None
 
     def set_training_modes(self, names: Iterable[str]) -> None:
-        """Put what trains in training mode and all else in evaluation mode, so that frozen blocks drop nothing.
+        """Put trained modules in training mode and the rest in evaluation mode, so that frozen blocks drop nothing.
 
         A block or a task head is in training mode as a whole when one of its parameters trains; of the rest
         (embeddings, final norm) the module that owns the parameter. The gradient checkpointing of ``transformers``

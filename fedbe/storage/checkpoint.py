@@ -8,6 +8,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         remedy = f"was written by another version of fedbe (format {state.get('format', 1)}, this one reads {FORMAT})"
         raise ConfigError(Problem("ckpt_path", str(path), f"{remedy}: continue with that version, or begin a new run"))
     return Checkpoint(path, tensors, state)
+
+
+@contextmanager
+def understood(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what a state of another kind raises while it is loaded inside the block into words.
+
+    Raises:
+        ConfigError: The state is not what this version of fedbe, with these classes, writes.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        remedy = f"holds another state than these classes write ({what}): use those that wrote it, or begin a new run"
+        raise ConfigError(Problem("ckpt_path", str(checkpoint.path), remedy)) from error
 
 
 def check_same_run(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:

@@ -106,7 +106,7 @@ def test_a_signal_that_the_run_handles_does_not_end_the_client(number, handlers)
         os.kill(os.getpid(), number)
 
     engine, tasks = started(trainer={"callbacks": [At(act)]})
-    outcome = engine.attempt(tasks[0])
+    outcome = engine.attempt(tasks[1])
     assert isinstance(outcome, Update) and noted == [number]
     assert inside == [handler] and signal.getsignal(number) is handler
 

@@ -22,8 +22,8 @@ from fedbe.objectives import Objective
 PACKAGES = (algorithms, allocation, corpora, datamodules, evaluation, expansion, objectives)
 NESTED = (Algorithm, Allocator, Corpus, FederatedDataModule, Fleet, Objective, Partitioner, Placement, Plateau, Profile)
 NESTED += (Score,)
-FURTHER = {"Wrapper", "DataWrapper", "PooledData", "SimulatedClock"}
-"""What no configuration names: `clock` is a section, the others are made of a module or algorithm that is one."""
+FURTHER = {"PooledData", "SimulatedClock"}
+"""What no configuration names: `clock` is a section, and a pooled run makes its data of that of all clients."""
 
 
 def of(path, **arguments):

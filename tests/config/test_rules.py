@@ -127,7 +127,7 @@ BEFORE = {
     "Centralized of Gated": (Centralized(Gated(BlockExpansion(2))), NOTHING, NOTHING, NOTHING, ONE_PASS),
 }  # fmt: skip
 GROWING = {"FedBE, growing", "Gated of FedBE, growing", "Centralized of growing FedBE"}
-BASES = {"Algorithm", "LoRA", "PooledData", "Wrapper"}
+BASES = {"Algorithm", "LoRA"}
 
 
 def refused_before(algorithm, objective, averaging, optimizer, engine):

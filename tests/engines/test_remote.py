@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_clients_come_to_what_they_come_to_in_one_process_to_the_bit(case):
         found, scores = two_rounds(CASES[case], engine)
     finally:
         engine.close()
-    for first, second in zip(sum(expected, []), sum(found, []), strict=True):
+    for first, second in zip(chain(*expected), chain(*found), strict=True):
         assert (first.client_id, first.samples, first.structure) == (second.client_id, second.samples, second.structure)
         assert {**first.metrics, "seconds": 0} == {**second.metrics, "seconds": 0}
         for part in ("tensors", "extra"):
@@ -176,14 +177,6 @@ def test_clients_probe_the_base_model_where_they_are():
     engine.close()
 
 
-class Growing(BlockExpansion):
-    """Its adaptation can add a block; there is nothing to it but another position."""
-
-
-def grown_by_one(adaptation):
-    return {**adaptation.structure(), "more": 1}
-
-
 def test_a_client_grows_its_model_when_a_task_says_so_and_renames_what_it_keeps(monkeypatch):
     make = CASES["alone"]
     [client] = remote_clients(make, ("client-0",))
@@ -200,7 +193,7 @@ def test_a_client_grows_its_model_when_a_task_says_so_and_renames_what_it_keeps(
 
     monkeypatch.setattr(client.plan.adaptation, "grow", grow, raising=False)
     kept_before = client.engine.memory.get("client-0", 0).tensors
-    larger = grown_by_one(plan.adaptation)
+    larger = {**plan.adaptation.structure(), "more": 1}
     task = replace(tasks_of(plan, state, 1, 0, ("client-0",))[0], structure=larger)
     [(_, outcome)] = engine.fit([task])
     assert seen == [(larger, {"input_ids": 2, "labels": 2})]
@@ -211,24 +204,22 @@ def test_a_client_grows_its_model_when_a_task_says_so_and_renames_what_it_keeps(
     engine.close()
 
 
-def test_a_client_that_comes_late_builds_its_model_with_its_first_task():
+def test_a_client_that_comes_again_builds_its_model_with_its_next_task():
     make = CASES["blocks"]
-    clients = remote_clients(make)
-    channel = LoopbackChannel(clients[:3])
-    engine = RemoteEngine(channel, CLIENTS[:3])
+    channel = LoopbackChannel(remote_clients(make))
+    engine = RemoteEngine(channel, CLIENTS)
     plan, state = federation(make, engine)
-    tasks = tasks_of(plan, state, 0, clients=CLIENTS[:3])
-    expected = [outcome for _, outcome in engine.fit(tasks)]
-    channel.run(RemoteClient(replace(toy_plan(**make(), data=OwnRows("client-0"))), "client-0"))
-    while not isinstance(channel._inbox.queue[0] if channel._inbox.queue else None, tuple):
-        time.sleep(0.01)
-    [(_, again)] = engine.fit(tasks[:1])  # the greeting comes first: who was there before has gone
-    [(_, again)] = engine.fit(tasks[:1]) if isinstance(again, Failure) else [(None, again)]
-    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in expected[0].tensors.items())
+    [task, *_] = tasks_of(plan, state, 0)
+    [(_, first)] = engine.fit([task])
+    [again] = remote_clients(make, ("client-0",))
+    channel.run(again)
+    [(_, second)] = engine.fit([task])
+    assert again.engine.memory is not None and again.plan.adaptation.structure() == task.structure
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
     engine.close()
 
 
-# --- clients that are not what they should be --------------------------------------------------------------------------
+# --- clients that are not what they should be ------------------------------------------------------------------------
 
 
 class Scripted:
@@ -246,6 +237,8 @@ class Scripted:
         while (data := self.end.receive(10**9)) is not None:
             number, request = number_of(data), unframed(data, 10**9)
             self.requests.append(request)
+            if isinstance(request, Farewell):
+                return
             for sent in self.answers(number, request):
                 self.end.send(sent)
 

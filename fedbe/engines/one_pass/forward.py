@@ -45,8 +45,8 @@ class Section:
 class OnePass:
     """Runs the resident model on the batches of several clients at once.
 
-    The innermost model, with the blocks, runs once over all rows. In it each unit, a module that has what some client
-    trains, runs client by client, on that client's rows and with its tensors. Then all that is around it (the output
+    The innermost model, with the blocks, runs once over all rows. In it each unit, a module with parameters that some
+    client trains, runs client by client, on that client's rows and with its tensors. Then what is around it (the output
     layer, a task head, the loss) runs client by client on the client's own batch: the loss is the model's own.
 
     Args:
@@ -229,8 +229,8 @@ def part(rows: slice, total: int, value: Any) -> Any:
     """Return one client's part of an argument: of a tensor whose first dimension counts rows, these rows.
 
     That is one of two or more dimensions whose first is the number of rows, or a multiple as where heads or tokens are
-    counted too, row by row; others are the same for all. `fedbe.engines.one_pass_trial` tries
-    whether anything else looks like that.
+    counted too, row by row; others are the same for all.
+    `fedbe.engines.one_pass.trial` tries whether anything else looks like that.
     """
     if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % total:
         return value

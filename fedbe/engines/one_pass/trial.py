@@ -33,7 +33,7 @@ def verify_one_pass(model: PreTrainedModel, names: Collection[str], inputs: Batc
         inputs: A real batch.
 
     Raises:
-        OnePassError: They do not agree, or what trains draws random numbers, which would not be each client's own.
+        OnePassError: They do not agree, or a trained module draws random numbers, which would not be each client's own.
     """
     one_pass = OnePass(model, names)
     clients = [_nudged(model, names, client) for client in range(2)]
