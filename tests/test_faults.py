@@ -4,7 +4,16 @@ import pytest
 import torch
 from toy import ToyData, resumed, toy_loop
 
-from fedbe.aggregation import CoordinateMedian, FedAvgM, Krum, NormClipping, PrivateMean, SampleWeighted, TrimmedMean
+from fedbe.aggregation import (
+    CoordinateMedian,
+    FedAvgM,
+    Krum,
+    Mean,
+    NormClipping,
+    PrivateMean,
+    SampleWeighted,
+    TrimmedMean,
+)
 from fedbe.algorithms import BlockExpansion
 from fedbe.callbacks import CheckpointCallback, FaultInjection, RollbackGuard
 from fedbe.callbacks.faults import CORRUPTIONS
@@ -43,7 +52,7 @@ def without_client_1(tmp_path, **options):
             return [client for client in super().sample(*arguments) if client != "client-1"]
 
     loop = toy_loop(tmp_path / "reference", **options)
-    loop.sampler = Others("all", 0)
+    loop.round.sampler = Others("all", 0)
     loop.run()
     return loop
 
@@ -64,7 +73,7 @@ def test_a_client_that_fails_costs_its_own_round_and_nothing_else(tmp_path, trou
         [failure] = record["failures"]
         assert failure["client"] == "client-1" and failure["kind"] == kind and said in failure["reason"]
     reference = without_client_1(tmp_path)
-    assert all(torch.equal(reference.state[name], loop.state[name]) for name in loop.state)
+    assert all(torch.equal(reference.server.state[name], loop.server.state[name]) for name in loop.server.state)
     assert all(parameter.grad is None for parameter in loop.model.parameters())
 
 
@@ -74,10 +83,9 @@ def test_a_client_that_takes_too_long_is_left_out(tmp_path):
         row = torch.arange(12)
         return {"input_ids": row, "labels": row}
 
-    loop = toy_loop(tmp_path / "run", rounds=1, data=Troubled(slow))
-    loop.engine.timeout_seconds = 1.0
+    loop = toy_loop(tmp_path / "run", rounds=1, data=Troubled(slow), timeout_seconds=1.0)
     loop.run()
-    [failure] = loop.record["failures"]
+    [failure] = loop.record.failures
     assert failure["kind"] == "timeout" and "not done after 1 s" in failure["reason"]
 
 
@@ -88,11 +96,11 @@ def test_an_injected_fault_is_named_and_leaves_the_others_result(tmp_path, kind)
     assert fault.check("k", Facts()) == []
     loop = toy_loop(tmp_path / "run", callbacks=[fault])
     loop.run()
-    [failure] = loop.record["failures"]
+    [failure] = loop.record.failures
     assert failure["client"] == "client-1"
     assert failure["kind"] == (kind if kind in ("error", "timeout", "memory") else "update")
     reference = without_client_1(tmp_path)
-    assert all(torch.equal(reference.state[name], loop.state[name]) for name in loop.state)
+    assert all(torch.equal(reference.server.state[name], loop.server.state[name]) for name in loop.server.state)
 
 
 def test_faults_come_by_round_and_by_chance_and_follow_from_the_seed(tmp_path):
@@ -114,16 +122,16 @@ def test_wrong_arguments_of_a_fault_are_named():
 def test_below_the_quorum_others_take_the_place_of_those_that_failed(tmp_path):
     first = toy_loop(tmp_path / "a", rounds=1, cohort=2, data=ToyData(clients=6))
     first.run()
-    cohort = first.record["cohort"]
+    cohort = first.record.cohort
     fault = FaultInjection("error", clients=cohort)
     loop = toy_loop(
         tmp_path / "b", rounds=1, cohort=2, data=ToyData(clients=6), callbacks=[fault], quorum=Quorum(least=1.0)
     )
     loop.run()
-    assert loop.record["cohort"][:2] == cohort and len(set(loop.record["cohort"])) == 4
-    assert loop.record["allocation"].keys() == set(loop.record["cohort"])
-    assert [failure["client"] for failure in loop.record["failures"]] == cohort
-    assert any(not torch.equal(loop.state[n], first.state[n]) for n in loop.state)
+    assert loop.record.cohort[:2] == cohort and len(set(loop.record.cohort)) == 4
+    assert loop.record.allocation.keys() == set(loop.record.cohort)
+    assert [failure["client"] for failure in loop.record.failures] == cohort
+    assert any(not torch.equal(loop.server.state[n], first.server.state[n]) for n in loop.server.state)
 
 
 @pytest.mark.parametrize("below", ["replace", "stop"])
@@ -141,14 +149,14 @@ def test_without_a_quorum_the_run_ends_with_each_reason_and_can_be_continued(tmp
         rest.advance()
     whole = toy_loop(tmp_path / "whole", rounds=3)
     whole.run()
-    assert all(torch.equal(whole.state[name], rest.state[name]) for name in whole.state)
+    assert all(torch.equal(whole.server.state[name], rest.server.state[name]) for name in whole.server.state)
 
 
 def test_within_the_quorum_nobody_is_replaced(tmp_path):
     fault = FaultInjection("error", clients=["client-0", "client-2"])
     loop = toy_loop(tmp_path / "run", rounds=1, callbacks=[fault], quorum=Quorum(least=0.5))
     loop.run()
-    assert len(loop.record["cohort"]) == 4
+    assert len(loop.record.cohort) == 4
 
 
 @pytest.mark.parametrize("least", [0, -1, 0.0, 1.5, True])
@@ -200,7 +208,7 @@ class Explodes(FederatedCallback):
         self.number, self.factor = number, factor
 
     def on_client_update(self, loop, task, update):
-        if loop.record["round"] != self.number:
+        if loop.record.round != self.number:
             return None
         return CORRUPTIONS["scaled"](update, loop.state, self.factor, torch.Generator())
 
@@ -211,19 +219,20 @@ class Explodes(FederatedCallback):
 def test_a_round_that_goes_wrong_is_taken_back_with_the_server_s_moments(tmp_path, number, options):
     guard = RollbackGuard(**options)
     assert guard.check("k", Facts()) == []
-    loop = toy_loop(tmp_path / "run", rounds=6, callbacks=[Explodes(number, -3e4), guard], trainer={"max_steps": 8})
-    optimizer = loop.server_optimizer = FedAvgM(momentum=0.1) if number == 2 else loop.server_optimizer
+    optimizer = FedAvgM(momentum=0.1) if number == 2 else Mean()
     seen = {}
 
     class Watch(FederatedCallback):
         def on_round_start(self, loop):
-            seen[loop.record["round"]] = (dict(loop.state), optimizer.state_dict())
+            seen[loop.record.round] = (dict(loop.state), optimizer.state_dict())
 
-    loop.callbacks = [*loop.callbacks, Watch()]
+    callbacks = [Explodes(number, -3e4), guard, Watch()]
+    options = {"callbacks": callbacks, "server_optimizer": optimizer, "trainer": {"max_steps": 8}}
+    loop = toy_loop(tmp_path / "run", rounds=6, **options)
     loop.run()
     backs = {record["round"]: record["rolled_back"] for record in loop.history}
     assert backs[number] is not None
-    assert all(torch.equal(seen[number][0][n], seen[number + 1][0][n]) for n in loop.state)
+    assert all(torch.equal(seen[number][0][n], seen[number + 1][0][n]) for n in loop.server.state)
     assert all(torch.equal(seen[number][1][n], seen[number + 1][1][n]) for n in seen[number][1])
     assert bool(seen[number][1]) == (number == 2)
     assert backs[number + 1] is None
@@ -232,7 +241,7 @@ def test_a_round_that_goes_wrong_is_taken_back_with_the_server_s_moments(tmp_pat
 def test_a_guard_ends_a_run_that_only_goes_wrong(tmp_path):
     class Always(Explodes):
         def on_client_update(self, loop, task, update):
-            self.number = max(2, loop.record["round"])
+            self.number = max(2, loop.record.round)
             return super().on_client_update(loop, task, update)
 
     guard = RollbackGuard(loss_rise=0.02, norm_ratio=None, patience=2)

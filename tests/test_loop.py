@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import signal
 
@@ -8,8 +7,10 @@ import torch
 from toy import ToyData, resumed, tiny_llama, toy_loop
 from transformers import AutoModelForCausalLM
 
-from fedbe.algorithms import BlockExpansion
+from fedbe.adaptation.blocks import Blocks
+from fedbe.algorithms import Algorithm, BlockExpansion, Strategy
 from fedbe.callbacks import CheckpointCallback
+from fedbe.engines import InProcess
 from fedbe.errors import QuorumError
 from fedbe.federation.callback import FederatedCallback
 from fedbe.messages import Update
@@ -34,15 +35,20 @@ class Recorder(FederatedCallback):
             self.updates.append(arguments[1])
 
 
+class ByTable(Strategy):
+    def __init__(self, table):
+        self.table = table
+
+    def allocate(self, cohort, round_index):
+        return {client: self.table[client] for client in cohort}
+
+
 class OnlyBlocks(BlockExpansion):
     """Gives each client the units that a table says."""
 
     def __init__(self, positions, table):
         super().__init__(positions)
-        self.table = table
-
-    def allocate(self, cohort, round_index):
-        return {client: self.table[client] for client in cohort}
+        self.strategy = ByTable(table)
 
 
 def snapshot(model):
@@ -52,7 +58,7 @@ def snapshot(model):
 def run_state(folder, **changes):
     loop = toy_loop(folder, **changes)
     loop.run()
-    return loop.state
+    return loop.server.state
 
 
 def assert_same(first, second):
@@ -76,7 +82,7 @@ def test_training_learns_and_frozen_tensors_stay_to_the_bit(tmp_path):
     options = {"rounds": 6, "cohort": 3, "trainer": {"max_steps": 8}}
     loop = toy_loop(tmp_path / "run", data=ToyData(clients=8), **options)
     loop.setup()
-    frozen = {n: t for n, t in snapshot(loop.model).items() if n not in loop.algorithm.trainable_names}
+    frozen = {n: t for n, t in snapshot(loop.model).items() if n not in loop.algorithm.adaptation.trainable_names}
     assert len(frozen) > 20
     loop = toy_loop(tmp_path / "again", data=ToyData(clients=8), **options)
     summary = loop.run()
@@ -113,8 +119,8 @@ def test_no_frozen_parameter_has_a_gradient_or_optimizer_state(tmp_path):
 
     loop = toy_loop(tmp_path / "run", rounds=1, optimizer=spy, trainer={"callbacks": [training]})
     loop.run()
-    assert training.with_gradient == training.with_state == set(loop.algorithm.trainable_names)
-    trainable = {id(loop.model.get_parameter(name)) for name in loop.algorithm.trainable_names}
+    assert training.with_gradient == training.with_state == set(loop.algorithm.adaptation.trainable_names)
+    trainable = {id(loop.model.get_parameter(name)) for name in loop.algorithm.adaptation.trainable_names}
     for optimizer in seen:
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trainable
         assert not optimizer.state, "kept until the garbage collector comes"
@@ -127,7 +133,7 @@ def test_only_what_was_trained_travels(tmp_path):
     loop.run()
     assert len(recorder.updates) == 4
     for update in recorder.updates:
-        assert set(update.tensors) == set(loop.algorithm.trainable_names)
+        assert set(update.tensors) == set(loop.algorithm.adaptation.trainable_names)
 
 
 @pytest.mark.parametrize(
@@ -147,25 +153,24 @@ def test_the_same_seed_gives_the_same_tensors_and_another_seed_others(tmp_path):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-class ShuffledEngine:
+class ShuffledEngine(InProcess):
     """Runs the clients in another order, and returns their updates in the order of the cohort."""
 
-    def __init__(self, engine, order):
-        self.engine, self.order = engine, order
+    def __init__(self, order):
+        self.order = order
 
-    def train(self, tasks):
+    def fit(self, tasks):
         tasks = list(tasks)
-        updates = {i: self.engine.train_client(tasks[i]) for i in self.order}
+        updates = {i: self.training.train(tasks[i]) for i in self.order}
         yield from ((task, updates[i]) for i, task in enumerate(tasks))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_order_in_which_clients_ran_does_not_matter(tmp_path, dropout):
     reference = run_state(tmp_path / "a", model=tiny_llama(dropout=dropout))
-    loop = toy_loop(tmp_path / "b", model=tiny_llama(dropout=dropout))
-    loop.engine = ShuffledEngine(loop.engine, [2, 0, 3, 1])
+    loop = toy_loop(tmp_path / "b", model=tiny_llama(dropout=dropout), engine=ShuffledEngine([2, 0, 3, 1]))
     loop.run()
-    assert_same(reference, loop.state)
+    assert_same(reference, loop.server.state)
 
 
 def test_the_global_generator_has_no_influence_and_is_left_alone(tmp_path):
@@ -180,15 +185,14 @@ def test_the_global_generator_has_no_influence_and_is_left_alone(tmp_path):
 
 
 def test_one_client_s_tensors_do_not_reach_another(tmp_path):
-    together = toy_loop(tmp_path / "a", rounds=1)
     recorder = Recorder()
-    together.callbacks = [recorder]
+    together = toy_loop(tmp_path / "a", rounds=1, callbacks=[recorder])
     together.run()
     alone = toy_loop(tmp_path / "b", rounds=1)
     alone.setup()
     alone.progress.started = 1
-    task = alone.task("client-2", ("block_0", "block_1"))
-    update = alone.engine.train_client(task)
+    task = alone.server.task("client-2", 0, 0, ("block_0", "block_1"))
+    update = alone.engine.training.train(task)
     assert_same(recorder.updates[2].tensors, update.tensors)
 
 
@@ -197,15 +201,15 @@ def test_a_client_trains_the_blocks_allocated_to_it_and_the_mean_is_over_holders
     recorder = Recorder()
     loop = toy_loop(tmp_path / "run", rounds=1, algorithm=OnlyBlocks([0, 2], table), callbacks=[recorder])
     loop.run()
-    low, high = loop.algorithm.units()["block_0"], loop.algorithm.units()["block_1"]
+    low, high = loop.algorithm.adaptation.units()["block_0"], loop.algorithm.adaptation.units()["block_1"]
     assert set(recorder.updates[0].tensors) == set(low)
-    assert_same({name: loop.state[name] for name in low}, recorder.updates[0].tensors)
+    assert_same({name: loop.server.state[name] for name in low}, recorder.updates[0].tensors)
     name = high[0]
     weights = torch.tensor([u.samples for u in recorder.updates[1:]], dtype=torch.float64)
     stacked = torch.stack([u.tensors[name].double() for u in recorder.updates[1:]])
     shape = (-1, *[1] * (stacked.dim() - 1))
     torch.testing.assert_close(
-        loop.state[name], ((weights / weights.sum()).view(shape) * stacked).sum(0).float(), rtol=1e-5, atol=1e-7
+        loop.server.state[name], ((weights / weights.sum()).view(shape) * stacked).sum(0).float(), rtol=1e-5, atol=1e-7
     )
 
 
@@ -213,33 +217,31 @@ def test_a_block_that_nobody_trains_keeps_its_value(tmp_path):
     table = {f"client-{k}": ("block_1",) for k in range(4)}
     loop = toy_loop(tmp_path / "run", rounds=1, algorithm=OnlyBlocks([0, 2], table))
     loop.setup()
-    names = loop.algorithm.units()["block_0"]
-    before = {name: loop.state[name].clone() for name in names}
+    names = loop.algorithm.adaptation.units()["block_0"]
+    before = {name: loop.server.state[name].clone() for name in names}
     loop = toy_loop(tmp_path / "again", rounds=1, algorithm=OnlyBlocks([0, 2], table))
     loop.run()
-    assert_same(before, {name: loop.state[name] for name in names})
+    assert_same(before, {name: loop.server.state[name] for name in names})
 
 
 def test_a_client_that_takes_no_step_is_an_error_with_its_name(tmp_path):
-    class Idle:
-        def train(self, tasks):
+    class Idle(InProcess):
+        def fit(self, tasks):
             for task in tasks:
                 yield task, Update(task.client_id, dict(task.received), 0, {"seconds": 0.0})
 
-    loop = toy_loop(tmp_path / "run")
-    loop.engine = Idle()
+    loop = toy_loop(tmp_path / "run", engine=Idle())
     with pytest.raises(QuorumError, match=r"client-0.*a weight must be positive"):
         loop.run()
 
 
 def test_callbacks_hear_of_an_exception(tmp_path):
-    class Broken:
-        def train(self, tasks):
+    class Broken(InProcess):
+        def fit(self, tasks):
             raise RuntimeError("no power")
 
     recorder = Recorder()
-    loop = toy_loop(tmp_path / "run", callbacks=[recorder])
-    loop.engine = Broken()
+    loop = toy_loop(tmp_path / "run", callbacks=[recorder], engine=Broken())
     with pytest.raises(RuntimeError, match="no power"):
         loop.run()
     assert recorder.calls[-1] == "on_exception"
@@ -266,52 +268,64 @@ def test_the_run_folder_holds_records_summary_and_a_plain_model(tmp_path):
     assert json.loads(loop.folder.summary.read_text()) == json.loads(json.dumps(loop.summary))
     model = AutoModelForCausalLM.from_pretrained(loop.folder.model).eval()
     assert model.config.num_hidden_layers == 5
-    ids = loop.data.validation_dataset().rows
+    ids = loop.plan.data.validation_dataset().rows
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, loop.model.eval()(ids).logits)
 
 
-class KeepsTheUpperBlock(BlockExpansion):
+class UpperBlockKept(Blocks):
     """Sends one block and keeps the other."""
 
-    def send(self, state, client_id):
-        return {name: state[name] for name in self.units()["block_0"]}
-
-    def begin(self, model, task):
-        super().begin(model, dataclasses.replace(task, kept={**self.initial, **task.kept}))
-
-    def prepare(self, model, inputs):
-        super().prepare(model, inputs)
+    def prepare(self, model, inputs, structure=None):
+        super().prepare(model, inputs, structure)
         self.initial = copy_tensors(model, self.units()["block_1"])
 
-    def finish(self, model, task):
+    def begin(self, model, task, kept):
+        super().begin(model, task, {**self.initial, **kept})
+
+    def finish(self, model, task, kept):
         units = self.units()
         return copy_tensors(model, units["block_0"]), copy_tensors(model, units["block_1"])
+
+
+class SendsTheLowerBlock(Strategy):
+    def send(self, state, client_id):
+        return {name: state[name] for name in self.adaptation.units()["block_0"]}
+
+
+def keeps_the_upper_block(kind=UpperBlockKept):
+    return Algorithm(kind([0, 2]), SendsTheLowerBlock())
+
+
+def kept_by(loop, client):
+    return loop.engine.memory.get(client, loop.server.accepted[client]).tensors
 
 
 def test_what_a_client_keeps_is_its_own_whatever_the_order_and_is_in_the_checkpoint(tmp_path):
     loops = []
     for name, order in (("a", [0, 1, 2, 3]), ("b", [3, 1, 0, 2])):
-        algorithm = KeepsTheUpperBlock([0, 2])
-        loop = toy_loop(tmp_path / name, algorithm=algorithm, callbacks=[CheckpointCallback()])
-        loop.engine = ShuffledEngine(loop.engine, order)
+        loop = toy_loop(
+            tmp_path / name, algorithm=keeps_the_upper_block(), callbacks=[CheckpointCallback()],
+            engine=ShuffledEngine(order),
+        )  # fmt: skip
         loop.run()
         loops.append(loop)
-    assert_same(loops[0].state, loops[1].state)
-    for client in loops[0].data.client_ids:
-        assert_same(loops[0].kept[client], loops[1].kept[client])
-    assert not torch.equal(*(next(iter(loops[0].kept[f"client-{k}"].values())) for k in (0, 1)))
-    again = resumed(toy_loop(tmp_path / "a", algorithm=KeepsTheUpperBlock([0, 2]), callbacks=[CheckpointCallback()]))
-    for client, kept in loops[0].kept.items():
-        assert_same(kept, again.kept[client])
+    assert_same(loops[0].server.state, loops[1].server.state)
+    clients = loops[0].plan.data.client_ids
+    for client in clients:
+        assert_same(kept_by(loops[0], client), kept_by(loops[1], client))
+    assert not torch.equal(*(next(iter(kept_by(loops[0], f"client-{k}").values())) for k in (0, 1)))
+    again = resumed(toy_loop(tmp_path / "a", algorithm=keeps_the_upper_block(), callbacks=[CheckpointCallback()]))
+    for client in clients:
+        assert_same(kept_by(loops[0], client), kept_by(again, client))
 
 
 def test_a_client_without_a_value_to_start_from_is_refused(tmp_path):
-    class Forgetful(KeepsTheUpperBlock):
-        begin = BlockExpansion.begin
+    class Forgetful(UpperBlockKept):
+        begin = Blocks.begin
 
     with pytest.raises(QuorumError, match=r"client-0.*has no value to start from"):
-        toy_loop(tmp_path / "run", algorithm=Forgetful([0, 2])).run()
+        toy_loop(tmp_path / "run", algorithm=keeps_the_upper_block(Forgetful)).run()
 
 
 def test_stop_ends_after_the_round_and_keeps_the_first_reason(tmp_path):
@@ -336,5 +350,5 @@ def test_a_loop_continues_from_its_checkpoint_to_the_same_tensors(tmp_path):
     rest = resumed(toy_loop(tmp_path / "b", rounds=4, cohort=2, callbacks=[CheckpointCallback()]))
     while not rest.done:
         rest.advance()
-    assert_same(whole.state, rest.state)
+    assert_same(whole.server.state, rest.server.state)
     assert [r["downstream"] for r in whole.history] == [r["downstream"] for r in rest.history]

@@ -63,6 +63,17 @@ def test_the_configuration_and_the_callback_shown_run(tmp_path, monkeypatch):
     assert all(record["metrics"]["largest_update"] > 0 for record in records[1:])
 
 
+def test_the_federation_shown_in_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("sums.py").write_text(block("python", "class SumsData"))
+    names = {}
+    exec(block("python", "fedbe.Federation("), names)
+    assert names["result"].summary["rounds"] == 3 and names["result"].path == Path("runs/run")
+    assert names["result"].summary["algorithm"] == "FedBE"
+    assert sum(p.numel() for p in names["model"].parameters()) > 1_400_000
+
+
 def test_the_hooks_listed_are_all_there_are():
     listed = set(re.findall(r"`(on_\w+)`", README.split("## A callback of your own")[1].split("```")[0]))
     assert listed == {name for name in vars(FederatedCallback) if name.startswith("on_")}

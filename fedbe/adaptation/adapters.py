@@ -146,8 +146,8 @@ class Adapters(Adaptation):
             problems.append(Problem(f"{key}.dropout", self.dropout, "a rate lies in [0, 1)"))
         if self.target_modules == []:
             problems.append(Problem(f"{key}.target_modules", [], "name a layer, or write `all-linear`"))
-        if not 0 <= self.first_block < facts.depth:
-            remedy = f"give a block from 0 to {facts.depth - 1}"
+        if self.first_block < 0 or 0 < facts.depth <= self.first_block:
+            remedy = f"give a block from 0 to {facts.depth - 1}" if facts.depth else "give a block, counted from 0"
             problems.append(Problem(f"{key}.first_block", self.first_block, remedy))
         if Trait.UNCHANGED_BASE in self.needs - self.offers:
             remedy = "the base weights change, which an adapter does not hold: write `merged`"

@@ -374,6 +374,15 @@ def test_arguments_that_cannot_run_are_named(method, options, key):
     ]
 
 
+def test_the_first_adapted_block_is_one_of_the_model_s_where_its_depth_is_known():
+    found = [
+        [problem.key for problem in build(FedIT, first_block=block).check("algorithm.init_args", Facts(depth=depth))]
+        for block, depth in ((0, 2), (1, 2), (2, 2), (-1, 2), (0, 0), (5, 0), (-1, 0))
+    ]
+    wrong = ["algorithm.init_args.first_block"]
+    assert found == [[], [], wrong, wrong, [], [], wrong]
+
+
 @pytest.mark.parametrize(("targets", "count"), [("all-linear", 14), ("attention", 8), (["q_proj"], 2), (None, 4)])
 def test_target_modules_are_all_linear_attention_named_or_by_architecture(targets, count):
     adaptation = build(FedIT, target_modules=targets).adaptation

@@ -38,7 +38,7 @@ def llama(layers=3, tied=False):
 
 def adapted():
     model = llama(2)
-    FedIT(rank=2, target_modules="all-linear").prepare(model, tokens(2))
+    FedIT(rank=2, target_modules="all-linear").adaptation.prepare(model, tokens(2))
     return model
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedbe.messages import Failure, FitTask, Update
 from fedbe.federation.kept_outcomes import KeptOutcomes
+from fedbe.messages import Failure, FitTask, Update
 
 TASK = FitTask("a/b", 0, 3, {}, ("w",))
 UPDATE = Update(

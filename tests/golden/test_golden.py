@@ -29,6 +29,7 @@ def test_each_shipped_configuration_and_algorithm_is_a_case():
     assert {f"configuration/{name}" for name in MODELS} | {f"algorithm/{name}" for name in METHODS} <= CASES.keys()
 
 
+@pytest.mark.filterwarnings("ignore:The base model scores 0 on:UserWarning")  # its weights are random
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_comes_to_what_was_recorded(name, stand_ins, tmp_path):
     found = run_case(name, stand_ins, tmp_path / "run")

@@ -92,12 +92,12 @@ def test_a_file_system_that_is_full_indeed_is_told_as_that(tmp_path):
     program = (
         "import resource, signal, torch, pathlib; from fedbe.storage.checkpoint import Checkpoints\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"c = Checkpoints(pathlib.Path({str(tmp_path)!r})); c.save(1, {{'a': torch.zeros(10)}}, {{}})\n"
+        f"c = Checkpoints(pathlib.Path({str(tmp_path)!r})); c.save(1, {{'a': torch.zeros(10)}}, {{'format': 2}})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "c.save(2, {'a': torch.zeros(100_000)}, {})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "FedBEError: the checkpoint of round 2 cannot be written" in done.stderr
+    assert "StorageError: the checkpoint of round 2 cannot be written" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["round_000001.safetensors"]
     read_checkpoint(tmp_path / "round_000001.safetensors")
 
@@ -161,7 +161,7 @@ class StopAfter(FederatedCallback):
         self.at = round_number, client
 
     def on_client_start(self, loop, task):
-        if (loop.progress.started, task.client_id) == self.at:
+        if (loop.record.round, task.client_id) == self.at:
             signal.raise_signal(signal.SIGINT)
 
 
@@ -186,7 +186,7 @@ def test_ctrl_c_ends_after_the_round_or_the_client_and_the_run_goes_on(tmp_path,
     rest = resumed(make(99))
     while not rest.done:
         rest.advance()
-    assert all(torch.equal(whole.state[name], rest.state[name]) for name in whole.state)
+    assert all(torch.equal(whole.server.state[name], rest.server.state[name]) for name in whole.server.state)
     assert not (loop.folder.checkpoints / "round").exists()
 
 
@@ -199,7 +199,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     loop = toy_loop(tmp_path / "run", rounds=3, callbacks=[CheckpointCallback(), Twice(2, "client-1")])
     with pytest.raises(KeyboardInterrupt), stopping_on_interrupt(loop):
         loop.run()
-    assert loop.progress.completed == 1 and loop.record["round"] == 2
+    assert loop.progress.completed == 1 and loop.record.round == 2
 
 
 def test_ctrl_c_that_is_ignored_stays_ignored(tmp_path):
