@@ -24,6 +24,7 @@ from fedbe.messages import (
     FitTask,
     Greeting,
     Prepare,
+    Prepared,
     Probe,
     ProbeReport,
     Update,
@@ -415,17 +416,19 @@ def client():
 
 
 def test_a_client_says_what_it_cannot_do(client):
-    structure = {"no": "such structure"}
+    structure, unknown = {"positions": [1]}, {"no": "such structure"}
+    assert isinstance(client.answer(Prepare("client-0", structure)), Prepared)
+    names = client.plan.adaptation.trainable_names
     requests = {
         "is for 'other'": Probe("other"),
         "nothing that a client is asked": Greeting("client-0", 1, ""),
-        "has no value to start from": FitTask("client-0", 0, 0, {}, ("lm_head.weight",)),
+        "has no value to start from": FitTask("client-0", 0, 0, {}, names, structure=structure),
     }
     for said, request in requests.items():
         answer = client.answer(request)
         assert isinstance(answer, Failure) and answer.client_id == "client-0", answer
         assert said in answer.reason
-    assert isinstance(client.answer(Prepare("client-0", structure)), Failure)
+    assert isinstance(client.answer(Prepare("client-0", unknown)), Failure)
 
 
 def test_a_client_answers_bytes_that_are_no_message_and_goes_on(client):
