@@ -74,7 +74,7 @@ class Federation:
         engine: Where clients train.
         general_tasks: What the base model could do, scored before and after.
         callbacks: Added to the standard ones; one of a standard class takes that one's place.
-        prefix: Keep what the frozen blocks below everything trained compute of each sequence.
+        prefix: Keep what the frozen blocks below the lowest trained one compute of each sequence.
         clock: The clients' simulated devices.
         logger: ``wandb`` (offline unless a key is present), ``csv``, ``tensorboard``, ``none``, or a Lightning logger.
         ckpt_path: Continue a run: ``last``, or the path of a checkpoint.

@@ -42,8 +42,8 @@ class RunConfig:
         general_tasks: What the base model could do, scored before and after to see what was kept.
         callbacks: Added to the standard ones; one of a standard class takes that one's place.
         trainer: Arguments of each client's `L.Trainer`; loggers, checkpoints and progress bars are the run's.
-        prefix: Keep what the frozen blocks below everything trained compute of each sequence; ``null`` to compute it
-            each time.
+        prefix: Keep what the frozen blocks below the lowest trained one compute of each sequence; ``null`` to compute
+            it each time.
         clock: The clients' simulated devices and the time they take; ``null`` to take each client's measured time.
         logger: ``wandb`` (offline unless a key is present), ``csv``, ``tensorboard``, ``none``, or a Lightning logger.
         ckpt_path: Continue a run: ``last`` for the newest checkpoint of the run of this name or in `output`, or the
