@@ -232,9 +232,9 @@ def test_figures_count_on_from_where_a_run_was_continued(tmp_path):
     half.on_run_start()
     half.advance()
     half.advance()
-    counted = half._prefix.figures["sequences"]
+    counted = half.engine.prefix.figures["sequences"]
     rest = resumed(make("half"))
-    assert rest._prefix.figures["sequences"] == counted > 0
+    assert rest.engine.prefix.figures["sequences"] == counted > 0
     while not rest.done:
         rest.advance()
     rest.on_run_end()

@@ -91,7 +91,9 @@ def toy_plan(rounds: int = 2, seed: int = 0, **changes: Any) -> LocalPlan:
     )
 
 
-PLAN = {"model", "tokenizer", "data", "optimizer", "schedule", "trainer", "objective", "timeout_seconds", "clock"}
+PLAN = {
+    "model", "tokenizer", "data", "optimizer", "schedule", "trainer", "objective", "timeout_seconds", "clock", "prefix",
+}  # fmt: skip
 
 
 def toy_loop(folder: Path, *, rounds: int = 2, cohort: Any = "all", seed: int = 0, **changes: Any) -> FederatedLoop:

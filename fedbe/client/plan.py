@@ -18,6 +18,7 @@ from fedbe.data import Batch, FederatedDataModule
 from fedbe.errors import under
 from fedbe.messages import Structure
 from fedbe.objectives import Objective, Plain
+from fedbe.prefix import PrefixReuse
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Builds an optimizer from parameters; in YAML the ``class_path`` and ``init_args`` of a `torch.optim` class."""
@@ -41,6 +42,7 @@ class LocalPlan:
         seed: The run's seed; each client has its own generator derived from it, the experience, the round and its name.
         timeout_seconds: How long a client may train, looked at before each step; ``None`` for as long as it takes.
         clock: The clients' simulated devices; ``None`` to take each client's measured time.
+        prefix: How much of what frozen blocks compute is kept; ``None`` to compute it each time.
         cohort: Clients in a round, as far as is known: an engine that trains several at a time looks no further.
     """
 
@@ -57,6 +59,7 @@ class LocalPlan:
     seed: int = 0
     timeout_seconds: float | None = None
     clock: SimulatedClock | None = None
+    prefix: PrefixReuse | None = None
     cohort: int | None = None
 
 

@@ -92,7 +92,6 @@ def build(run: RunConfig, config: Mapping[str, Any], checkpoint: Checkpoint | No
         callbacks=with_standard_callbacks(run.callbacks),
         logger=build_logger(run, folder, checkpoint),
         config=config,
-        prefix=run.prefix,
     )
 
 
@@ -142,6 +141,7 @@ def local_plan(run: RunConfig) -> LocalPlan:
         seed=run.seed,
         timeout_seconds=run.federation.client_timeout_seconds,
         clock=run.clock,
+        prefix=run.prefix,
         cohort=1 if pooled else cohort,
     )
 

@@ -14,7 +14,7 @@ from fedbe.client.plan import LocalPlan
 from fedbe.data import Batch
 from fedbe.errors import ClientTimeoutError, Facts, Problem
 from fedbe.messages import Evaluate, Evaluation, Failure, FailureKind, FitTask, Outcome, ProbeReport, Structure
-from fedbe.prefix import PrefixReuse, Store
+from fedbe.prefix import Prefix
 from fedbe.traits import Part
 
 
@@ -24,7 +24,12 @@ class Engine(Part, ABC):
     Name one by ``class_path`` under ``engine:``, or subclass it in a file of your own. The loop calls `start` first,
     then `probe`, then `prepared` when the model is adapted, then `fit` and `evaluate` round by round; `prepared` again
     when the model's structure has changed; `close` at the end, however the run ends.
+
+    Attributes:
+        prefix: The reuse of what frozen blocks compute in this process, from `prepared` on; ``None`` for none.
     """
+
+    prefix: Prefix | None = None
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in this configuration, found before work starts; see `Facts`."""
@@ -91,10 +96,6 @@ class Engine(Part, ABC):
     def peek(self, task: FitTask, names: Collection[str]) -> dict[str, Tensor]:
         """Return what a client keeps to itself after a task, of these names: nothing, but in a simulation."""
         return {}
-
-    def store(self, reuse: PrefixReuse) -> Store | None:
-        """Return an empty store for what frozen blocks compute, which clients share wherever they run; or none."""
-        return None
 
     def kept(self, task: FitTask) -> dict[str, Tensor]:
         """Return what a client kept in a task, for whoever stores outcomes of a round under way."""

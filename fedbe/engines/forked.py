@@ -21,7 +21,6 @@ from fedbe.client.plan import LocalPlan
 from fedbe.engines.local import LocalEngine
 from fedbe.errors import ConfigError, Facts, MessageError, Problem
 from fedbe.messages import Failure, FailureKind, FitTask, Outcome, Update, decode, encode
-from fedbe.prefix import PrefixReuse, Store
 from fedbe.prefix.store import News
 from fedbe.storage.packed import pack, unpack
 
@@ -59,7 +58,7 @@ class Forked(LocalEngine):
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._store: Store | None = None
+        self.processes = 1 + workers
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return why clients cannot train in so many processes on this machine."""
@@ -74,11 +73,6 @@ class Forked(LocalEngine):
         if problems := check_workers(self.workers, "engine.init_args.workers"):
             raise ConfigError(*problems)
         super().start(plan)
-
-    def store(self, reuse: PrefixReuse) -> Store | None:
-        """Return an empty store for what frozen blocks compute, which the processes fill together."""
-        self._store = reuse.store(1 + self.workers)
-        return self._store
 
     def fit(self, tasks: Iterable[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
         """Yield each task with what came of it, in their order; all are taken before the first client begins."""
@@ -105,7 +99,7 @@ class Forked(LocalEngine):
             gc.freeze()
             try:
                 for number in range(min(self.workers, len(cohort))):
-                    workers.append(_Worker(self, cohort, self._store, 1 + number))
+                    workers.append(_Worker(self, cohort, 1 + number))
             finally:
                 gc.unfreeze()
             yield workers
@@ -127,8 +121,9 @@ class Forked(LocalEngine):
 class _Worker:
     """A process, and the client that it trains."""
 
-    def __init__(self, engine: Forked, cohort: Sequence[FitTask], store: Store | None, part: int) -> None:
-        self.engine, self.cohort, self.store, self.part = engine, cohort, store, part
+    def __init__(self, engine: Forked, cohort: Sequence[FitTask], part: int) -> None:
+        self.engine, self.cohort, self.part = engine, cohort, part
+        self.store = None if engine.prefix is None else engine.prefix.store
         self.client: int | None = None
         self._start()
 

@@ -16,7 +16,7 @@ from fedbe.engines.capabilities import simulated_capabilities
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.messages import Evaluate, Evaluation, FitTask, Outcome, ProbeReport, Structure
 from fedbe.modeling.tensors import copy_tensors, load_tensors
-from fedbe.prefix import PrefixReuse, Store
+from fedbe.prefix import reuse_prefix
 from fedbe.storage.tensor_names import grouped, prefixed
 from fedbe.system.machine import Trimming
 
@@ -26,14 +26,17 @@ class LocalEngine(Engine):
 
     Attributes:
         training: How a client trains, available after `start`.
+        processes: How many processes share what frozen blocks compute.
     """
 
     training: LocalTraining
+    processes: int = 1
 
     def start(self, plan: LocalPlan) -> None:
         """Learn what clients train; the clients are those of the data module."""
         self.training = LocalTraining(plan, ClientMemory())
         plan.adaptation.seed, plan.adaptation.tokenizer = plan.seed, plan.tokenizer
+        self.prefix = None
         self._samples: dict[str, int] | None = None
         self._capabilities: Capabilities | None = None
         self._trimming = Trimming()
@@ -65,10 +68,24 @@ class LocalEngine(Engine):
         return [self.training.probe(client) for client in client_ids]
 
     def prepared(self, inputs: Batch, structure: Structure, renamed: Mapping[str, str] | None = None) -> None:
-        """Follow the model's structure: what clients keep has new names, and what they can afford has changed."""
+        """Follow the model's structure: which blocks are frozen, names of what clients keep, what clients can afford.
+
+        Raises:
+            ConfigError: What frozen blocks compute is to be reused, and cannot be in this model.
+        """
+        self._reuse_prefix(inputs)
         if renamed:
             self.memory.rename(renamed)
         self._capabilities = simulated_capabilities(self.plan, self.samples) if self.plan.clock is not None else None
+
+    def _reuse_prefix(self, inputs: Batch) -> None:
+        """Keep what the frozen blocks below every block that changes compute."""
+        if self.prefix is not None:
+            self.prefix.remove()
+        plan = self.plan
+        if plan.prefix is not None:
+            changing = {*plan.adaptation.state_names, *plan.adaptation.trainable_names}
+            self.prefix = reuse_prefix(plan.model, changing, plan.prefix.store(self.processes), inputs)
 
     def attempt(self, task: FitTask) -> Outcome:
         """Train one client; what it raises is its own failure, and leaves no gradient behind."""
@@ -107,10 +124,6 @@ class LocalEngine(Engine):
         """Return what a client keeps to itself after a task, of these names."""
         kept = self.memory.get(task.client_id, task.round_index).tensors
         return {name: tensor for name, tensor in kept.items() if name in names}
-
-    def store(self, reuse: PrefixReuse) -> Store | None:
-        """Return an empty store for what frozen blocks compute."""
-        return reuse.store()
 
     def kept(self, task: FitTask) -> dict[str, Tensor]:
         """Return what a client kept in a task, by ``part/name``."""

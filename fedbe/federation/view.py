@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedbe.evaluation.tasks import GeneralTask
+from fedbe.federation import run_state
 from fedbe.federation.kept_outcomes import KeptOutcomes
 from fedbe.federation.record import SECTIONS, RoundRecord
 from fedbe.federation.rollback import Snapshot, roll_back, snapshot
@@ -115,7 +116,7 @@ class RunView:
     @property
     def identity(self) -> str:
         """A digest of the configuration and the base model, which tells this run from others."""
-        return self._loop.identity
+        return self._loop.identity.digest
 
     # --- what can be done -------------------------------------------------------------------------------------------
 
@@ -169,7 +170,7 @@ class RunView:
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all that it takes to continue: tensors by name, and plain JSON values."""
-        return self._loop.tensors(), self._loop.state_dict()
+        return run_state.tensors(self._loop), run_state.state_dict(self._loop)
 
     def keep_outcomes(self, store: KeptOutcomes) -> None:
         """Keep what clients of a round send until the round is done, so that they are not trained again."""

@@ -12,6 +12,7 @@ from fedbe.algorithms import BlockExpansion, FedAvg, Unfreeze
 from fedbe.callbacks import CheckpointCallback, CommunicationCallback
 from fedbe.engines import InProcess
 from fedbe.expansion import freeze, set_training_modes
+from fedbe.federation import run_state
 from fedbe.messages import Update, payload_bytes
 from fedbe.modeling.tensors import copy_tensors
 from fedbe.objectives import FedProx, Plain, Scaffold
@@ -107,7 +108,7 @@ def test_the_order_of_clients_is_irrelevant_and_what_is_frozen_stays(tmp_path, a
     for _ in range(2):
         loop.advance()
         other.advance()
-    assert_same(loop.tensors(), other.tensors())
+    assert_same(run_state.tensors(loop), run_state.tensors(other))
     after, trained = snapshot(loop.model), set(loop.algorithm.adaptation.trainable_names)
     assert_same(
         {n: t for n, t in before.items() if n not in trained}, {n: after[n] for n in before if n not in trained}
@@ -179,4 +180,4 @@ def test_a_run_continues_from_its_checkpoint_to_the_same_tensors(tmp_path, algor
     half.advance()
     rest = resumed(loop_in("half"))
     rest.advance()
-    assert_same(whole.tensors(), rest.tensors())
+    assert_same(run_state.tensors(whole), run_state.tensors(rest))

@@ -14,6 +14,7 @@ from fedbe.algorithms import BlockExpansion, FedBE, FedIT, FedSALoRA, FLoRA, Het
 from fedbe.engines import Forked, InProcess
 from fedbe.engines.forked import _answer, _news_of, _text_of, check_workers
 from fedbe.errors import ConfigError, Facts
+from fedbe.federation import run_state
 from fedbe.federation.callback import FederatedCallback
 from fedbe.messages import Failure, FitTask, Update, decode
 from fedbe.objectives import Scaffold
@@ -60,7 +61,7 @@ def one_thread():
 def test_results_do_not_depend_on_the_number_of_processes(tmp_path, name):
     alone, *others = (ran(tmp_path / str(n), n, algorithm=ALGORITHMS[name]()) for n in (0, 1, 3))
     for other in others:
-        assert_same(alone.tensors(), other.tensors())
+        assert_same(run_state.tensors(alone), run_state.tensors(other))
         assert alone.record.downstream == other.record.downstream
         assert list(alone.record.client_seconds) == list(other.record.client_seconds)
         assert alone.record.personalised == other.record.personalised
@@ -69,9 +70,9 @@ def test_results_do_not_depend_on_the_number_of_processes(tmp_path, name):
 def test_what_clients_keep_for_their_objective_comes_back(tmp_path):
     options = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
     alone, other = (ran(tmp_path / str(n), n, objective=Scaffold(), **options) for n in (0, 2))
-    kept = {key.split("/")[3] for key in other.tensors() if key.startswith("engine/objective/")}
+    kept = {key.split("/")[3] for key in run_state.tensors(other) if key.startswith("engine/objective/")}
     assert kept == {"client-0", "client-1", "client-2", "client-3"}
-    assert_same(alone.tensors(), other.tensors())
+    assert_same(run_state.tensors(alone), run_state.tensors(other))
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

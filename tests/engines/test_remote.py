@@ -32,6 +32,7 @@ from fedbe.messages import (
 )
 from fedbe.modeling.tensors import copy_tensors, load_tensors
 from fedbe.objectives import Anchor, FedProx, Plain, Scaffold
+from fedbe.prefix import PrefixReuse
 from fedbe.storage.checkpoint import fingerprint
 from fedbe.traits import Trait
 
@@ -73,6 +74,7 @@ CASES = {
     "proximal": lambda: {"objective": FedProx(0.5)},
     "control variates": lambda: {"algorithm": Unfreeze([1]), "objective": Scaffold(), "optimizer": sgd},
     "anchored": lambda: {"objective": Anchor(sequences=6, sequence_length=8)},
+    "a prefix": lambda: {"algorithm": BlockExpansion([2]), "prefix": PrefixReuse(gib=0.001)},
 }
 
 
@@ -145,6 +147,17 @@ def test_clients_come_to_what_they_come_to_in_one_process_to_the_bit(case):
             ours, theirs = getattr(first, part), getattr(second, part)
             assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert scores == expected_scores and len(scores) == 4
+
+
+def test_a_client_reuses_what_its_own_frozen_blocks_compute_and_the_server_holds_none():
+    clients = remote_clients(CASES["a prefix"])
+    server = RemoteEngine(LoopbackChannel(clients), CLIENTS)
+    two_rounds(CASES["a prefix"], server)
+    server.close()
+    assert server.prefix is None
+    for client in clients:
+        figures = client.engine.prefix.figures
+        assert figures["blocks"] == 3 and figures["known"] > 0 and figures["bytes"] > 0
 
 
 def test_clients_say_who_they_are_and_what_stays_with_them_is_not_seen():
