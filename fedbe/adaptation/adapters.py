@@ -28,7 +28,7 @@ from fedbe.data import Batch
 from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.expansion import ExportReport, head_parameter_names
 from fedbe.messages import FitTask, Structure
-from fedbe.modeling.families import stated_depth
+from fedbe.modeling.architecture import depth_of
 from fedbe.modeling.tensors import load_tensors
 from fedbe.seeding import derive_seed, generator
 from fedbe.traits import Trait, Traits
@@ -161,7 +161,7 @@ class Adapters(Adaptation):
             ConfigError: An argument does not fit the model.
             ExpansionError: The model's outputs have changed.
         """
-        if problems := self.check(self.key, Facts(depth=stated_depth(model.config) or 0)):
+        if problems := self.check(self.key, Facts(depth=depth_of(model))):
             raise ConfigError(*problems)
         self._head = head_parameter_names(model)
         rank = self.max_rank

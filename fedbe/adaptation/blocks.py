@@ -15,7 +15,7 @@ from fedbe.expansion import Expansion, ExportReport, block_parameter_names, expa
 from fedbe.expansion.identity import dialled
 from fedbe.expansion.placement import check_positions
 from fedbe.messages import Structure
-from fedbe.modeling.families import stated_depth
+from fedbe.modeling.architecture import depth_of
 
 
 class Blocks(BlockUnits):
@@ -48,7 +48,7 @@ class Blocks(BlockUnits):
     def prepare(self, model: PreTrainedModel, inputs: Batch, structure: Structure | None = None) -> None:
         """Insert the blocks and verify on `inputs` that no output changed."""
         positions = self.positions if structure is None else list(structure["positions"])
-        depth = stated_depth(model.config) or 0
+        depth = depth_of(model)
         if problems := check_positions(positions, depth, f"{self.key}.positions"):
             raise ConfigError(*problems)
         self._expansion = expand_blocks(model, positions, inputs=inputs)

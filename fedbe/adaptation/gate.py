@@ -26,6 +26,7 @@ from fedbe.expansion.gate import (
 )
 from fedbe.expansion.token_gate import TokenGate
 from fedbe.messages import FitTask, Structure
+from fedbe.modeling.architecture import stack_config_of
 from fedbe.seeding import generator
 from fedbe.text.packing import pack
 from fedbe.text.reference import batches_of, corpus_text, own_text
@@ -110,7 +111,7 @@ class Gate(Adaptation):
         Raises:
             ConfigError: None of them has anything that a gate can be put on.
         """
-        self._install(model, TokenGate(model.config.get_text_config().hidden_size, self.block, self.mode))
+        self._install(model, TokenGate(stack_config_of(model).hidden_size, self.block, self.mode))
         parts = ({name: t.to(model.device) for name, t in part.items()} for part in batches_of(self._shut_on, 16))
         self._negatives = torch.cat([gate_features(model, part) for part in parts])
         self._shut_on = {}

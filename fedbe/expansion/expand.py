@@ -3,6 +3,7 @@
 import copy
 import math
 import operator
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,9 +13,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedbe.data import Batch
 from fedbe.errors import ExpansionError
-from fedbe.expansion.identity import IdentityRule, candidate_rules, dialled, make_identity, target_parameters
-from fedbe.modeling.architecture import BlockStack, all_configs, arrange, find_blocks
+from fedbe.expansion.identity import (
+    IdentityRule,
+    candidate_rules,
+    dialled,
+    make_identity,
+    others_moved,
+    target_parameters,
+)
+from fedbe.modeling.architecture import (
+    BlockStack,
+    all_configs,
+    arrange,
+    find_blocks,
+    refuse_positions,
+    stack_config_of,
+)
 from fedbe.modeling.verification import difference, observe, probe_inputs
 
 
@@ -46,6 +62,11 @@ class Expansion:
     def expanded_indices(self) -> tuple[int, ...]:
         """The indices of the expanded blocks in the new stack, bottom first."""
         return tuple(position + 1 + ordinal for ordinal, position in enumerate(self.positions))
+
+    @property
+    def source_indices(self) -> tuple[int, ...]:
+        """The index in the new stack of the base block that each expanded block was copied from."""
+        return tuple(position + bisect_left(self.positions, position) for position in self.positions)
 
     @property
     def position_map(self) -> tuple[int, ...]:
@@ -101,7 +122,7 @@ class Expansion:
         return replace(expansion, positions=resolve_positions(expansion.positions, expansion.base_depth))
 
     def _stack(self, model: PreTrainedModel, depth: int) -> BlockStack:
-        model_type = model.config.get_text_config().model_type
+        model_type = stack_config_of(model).model_type
         if model_type != self.model_type:
             raise ExpansionError(f"The expansion is of a {self.model_type} model, not of {model_type}.")
         stack = BlockStack(model, self.blocks_path, self.model_type)
@@ -135,19 +156,58 @@ def expand_blocks(
     """
     stack = find_blocks(model)
     chosen = resolve_positions(positions, stack.depth)
-    batches = probe_inputs(model) if inputs is None else [dict(inputs)]
-    before = observe(model, batches)
+    refuse_positions(stack, chosen)
+    batches, before = outputs(model, inputs)
     failures = []
-    for rule in candidate_rules(stack.model_type, stack.blocks[0]):
+    for rule in candidate_rules(stack.model_type, list(stack.blocks)):
         expansion = Expansion(stack.model_type, stack.path, stack.depth, chosen, rule)
-        expansion.apply(model)
-        reason = failure(model, batches, before)
+        reason = _attempt(model, expansion, batches, before)
         if reason is None:
             return expansion
-        remove_blocks(model, expansion)
         failures.append(f"{rule.kind} ({', '.join(rule.targets)}): {reason}")
     reasons = "; ".join(failures)
     raise ExpansionError(f"{type(model).__name__} cannot be expanded with unchanged outputs: {reasons}.")
+
+
+def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> tuple[list[Batch], list[Tensor]]:
+    """Return what a model's outputs are compared on, and its outputs.
+
+    Args:
+        model: The model as it is.
+        inputs: Inputs to compare on; random ones if left out.
+
+    Raises:
+        ExpansionError: If it does not take random inputs.
+    """
+    if inputs is not None:
+        return [dict(inputs)], observe(model, [inputs])
+    try:
+        batches = probe_inputs(model)
+        return batches, observe(model, batches)
+    except ExpansionError:
+        raise
+    # An unknown architecture may fail in any way.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ExpansionError(
+            f"{type(model).__name__} cannot be verified on random inputs: give `inputs` ({reason})."
+        ) from error
+
+
+def _attempt(
+    model: PreTrainedModel, expansion: Expansion, batches: Sequence[Mapping[str, Tensor]], before: list[Tensor]
+) -> str | None:
+    """Insert blocks and return why they are not the identity, the model being what it was then; or None."""
+    try:
+        expansion.apply(model)
+    except ExpansionError as error:
+        return str(error)
+    stack = find_blocks(model).blocks
+    sources = [stack[index] for index in expansion.source_indices]
+    reason = identity_failure(model, expansion.rule, (expansion.blocks(model), sources), batches, before)
+    if reason is not None:
+        remove_blocks(model, expansion)
+    return reason
 
 
 def resolve_positions(positions: Sequence[int] | int, depth: int) -> tuple[int, ...]:
@@ -238,6 +298,29 @@ def failure(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], bef
     # An unknown architecture may fail in any way; the caller restores the model and reports it.
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def identity_failure(
+    model: PreTrainedModel,
+    rule: IdentityRule,
+    copied: tuple[Sequence[nn.Module], Sequence[nn.Module]],
+    batches: Sequence[Mapping[str, Tensor]],
+    before: list[Tensor],
+) -> str | None:
+    """Return why new blocks change a model's outputs, or would once they have learned; None if they do not.
+
+    Args:
+        model: The model with the blocks.
+        rule: How they start as the identity.
+        copied: The new blocks, and for each the block that it was copied from.
+        batches: What the outputs are compared on.
+        before: The outputs without the blocks.
+    """
+    if reason := failure(model, batches, before):
+        return reason
+    with others_moved(rule, *copied):
+        reason = failure(model, batches, before)
+    return reason and f"{reason} as soon as other parameters of the new blocks move"
 
 
 def _whole(value: object, positions: object) -> int:

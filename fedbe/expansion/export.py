@@ -201,7 +201,11 @@ def _dialled_blocks(model: PreTrainedModel, expansion: Expansion, dial: float) -
 
 def _obstacle(model: PreTrainedModel, expansion: Expansion) -> str | None:
     if expansion.rule.gated:
-        return f"a post-norm {expansion.model_type} model needs a residual gate, which its architecture lacks"
+        kind, name = find_blocks(model).family, expansion.model_type
+        why = (
+            "a post-norm block" if kind.post_norm else "a block of which it is not known what it writes into the stream"
+        )
+        return f"{why}, as in this {name} model, needs a residual gate, which the architecture lacks"
     return expressed_by_config(model, find_blocks(model))
 
 

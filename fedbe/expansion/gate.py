@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fedbe.errors import ExpansionError
 from fedbe.expansion.expand import Expansion
 from fedbe.expansion.token_gate import TokenGate
-from fedbe.modeling.architecture import find_blocks
+from fedbe.modeling.architecture import find_blocks, stack_config_of
 
 MODULE_NAME = "token_gate"
 
@@ -34,7 +34,7 @@ def install_gate(model: PreTrainedModel, expansion: Expansion | None, gate: Toke
     """
     if find_gate(model) is not None:
         raise ExpansionError(f"{type(model).__name__} has a gate already: take it out with remove_gate first.")
-    width = model.config.get_text_config().hidden_size
+    width = stack_config_of(model).hidden_size
     gate = TokenGate(width) if gate is None else gate
     if len(gate.weight) != 2 * width:
         raise ExpansionError(f"The gate is for a width of {len(gate.weight) // 2}, the model's is {width}.")

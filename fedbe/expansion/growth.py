@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedbe.errors import ExpansionError, Facts, Problem
-from fedbe.expansion.expand import Expansion, failure, resolve_positions
+from fedbe.expansion.expand import Expansion, identity_failure, outputs, resolve_positions
 from fedbe.expansion.gate import refuse_gate
 from fedbe.expansion.identity import IdentityRule, make_identity
-from fedbe.modeling.architecture import all_configs, arrange, find_blocks
-from fedbe.modeling.verification import observe, probe_inputs
+from fedbe.modeling.architecture import all_configs, arrange, find_blocks, refuse_positions
 
 
 @dataclass
@@ -90,15 +89,15 @@ def grow(
     expansion.blocks(model)
     (position,) = resolve_positions([position], expansion.base_depth)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    batches = probe_inputs(model) if inputs is None else [dict(inputs)]
-    before = observe(model, batches)
     stack = find_blocks(model)
+    refuse_positions(stack, [position])
+    batches, before = outputs(model, inputs)
     blocks, count = list(stack.blocks), expansion.depth
     copied = position + bisect_left(expansion.positions, position)
     index = position + 1 + bisect_right(expansion.positions, position)
     block = _identity_copy(model, blocks[copied], expansion.rule)
     arrange(stack, [*blocks[:index], block, *blocks[index:]], [*range(index), copied, *range(index, count)])
-    if reason := failure(model, batches, before):
+    if reason := identity_failure(model, expansion.rule, ([block], [blocks[copied]]), batches, before):
         arrange(stack, blocks, [*range(index), *range(index + 1, count + 1)])
         raise ExpansionError(f"{type(model).__name__} cannot be given one more block above block {position}: {reason}.")
     renamed = {names[id(p)]: name for name, p in model.named_parameters() if names.get(id(p), name) != name}

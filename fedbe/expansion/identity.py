@@ -1,5 +1,7 @@
 """How a copied block starts as the identity: one rule per family of architectures."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,8 @@ class IdentityRule:
     Attributes:
         kind: ``zero-writers`` (projections into the residual stream), ``norm-scale`` (the norm or layer scale
             behind them) or ``residual-gate`` (a scalar g in x + g·(Block(x) - x)).
-        targets: Paths inside the block, of modules (all their parameters) or of parameters.
+        targets: Paths inside a block, of modules (all their parameters) or of parameters. Where blocks differ, those of
+            all kinds: of these a block has some.
         shift: 1 where the norm multiplies by 1 + θ (Gemma), otherwise 0. Next to -1, bfloat16 moves in steps of
             1/256: train such scales in float32.
 
@@ -38,20 +41,26 @@ class IdentityRule:
         return self.kind == "residual-gate"
 
 
-# Post-norm blocks end in LN(x + …), so that a zero output is not the identity: the whole block is gated.
+# Post-norm blocks end in LN(x + …), so that a zero output is not the identity: the whole block is gated. So are blocks
+# of which nobody has said what writes into the residual stream.
 GATE = IdentityRule("residual-gate", (GATE_NAME,))
 
 
-def candidate_rules(model_type: str, block: nn.Module) -> tuple[IdentityRule, ...]:
-    """Return the rules to try on a family, in order; for an unknown one all whose targets its blocks have.
+def candidate_rules(model_type: str, blocks: Sequence[nn.Module]) -> tuple[IdentityRule, ...]:
+    """Return the rules to try on the blocks of a family, in order; for an unknown one all whose targets they have.
 
-    Norm rules come first: zeroed writers in front of a norm pass for the identity too, with huge gradients.
+    Norm rules come first: zeroed writers in front of a norm pass for the identity too, with huge gradients. Of unknown
+    blocks that differ all that any known rule calls a writer is tried last. The gate fits where no other rule does.
     """
     if rules := rules_of(family_named(model_type)):
-        return rules
+        return tuple(dict.fromkeys((*rules, GATE)))
     known = dict.fromkeys(rule for family in known_families() for rule in rules_of(family) if not rule.gated)
-    fitting = [rule for rule in known if all(_has(block, target) for target in rule.targets)]
-    return (*sorted(fitting, key=lambda rule: (rule.kind, -len(rule.targets))), GATE)
+    fitting = [rule for rule in known if all(any(_resolve(b, target) for b in blocks) for target in rule.targets)]
+    ordered = sorted(fitting, key=lambda rule: (rule.kind, -len(rule.targets)))
+    writers = dict.fromkeys(target for rule in known if rule.kind == "zero-writers" for target in rule.targets)
+    present = tuple(target for target in writers if any(_resolve(block, target) for block in blocks))
+    union = [IdentityRule("zero-writers", present)] if present else []
+    return tuple(dict.fromkeys((*ordered, *union, GATE)))
 
 
 def rules_of(family: Family) -> tuple[IdentityRule, ...]:
@@ -71,17 +80,14 @@ def rules_of(family: Family) -> tuple[IdentityRule, ...]:
 
 
 def target_parameters(rule: IdentityRule, block: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a block that its rule names.
+    """Return the parameters of a block that its rule names: of the targets those that this block has.
 
     Raises:
-        ExpansionError: If the block lacks one of them.
+        ExpansionError: If the block has none of them.
     """
-    parameters: list[nn.Parameter] = []
-    for target in rule.targets:
-        found = _resolve(block, target)
-        if not found:
-            raise ExpansionError(f"{type(block).__name__} has no parameters at `{target}`.")
-        parameters += found
+    parameters = [parameter for target in rule.targets for parameter in _resolve(block, target)]
+    if not parameters:
+        raise ExpansionError(f"a {type(block).__name__} has no parameters at {', '.join(rule.targets)}")
     return parameters
 
 
@@ -96,6 +102,31 @@ def make_identity(rule: IdentityRule, block: nn.Module) -> None:
     with torch.no_grad():
         for parameter in target_parameters(rule, block):
             parameter.fill_(-rule.shift)
+
+
+@contextmanager
+def others_moved(rule: IdentityRule, copies: Sequence[nn.Module], sources: Sequence[nn.Module]) -> Iterator[None]:
+    """Move what a rule does not name of identity blocks inside the block, and put it back after it.
+
+    Blocks that stay the identity then are so by their rule, and not because something else happens to be zero yet.
+
+    Args:
+        rule: The rule.
+        copies: Identity blocks, not trained yet.
+        sources: For each the block that it was copied from.
+    """
+    pairs = [pair for copy, source in zip(copies, sources, strict=True) for pair in _others(rule, copy, source)]
+    with torch.no_grad():
+        for moved, _ in pairs:
+            # Numbers that look random: a constant would vanish in a norm.
+            steps = torch.arange(moved.numel(), device=moved.device, dtype=torch.float32).sin_().view_as(moved)
+            moved.add_(steps.mul_(0.05).to(moved.dtype))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for moved, source in pairs:
+                moved.copy_(source)
 
 
 def dialled(values: Tensor, shift: float, dial: float) -> Tensor:
@@ -149,5 +180,11 @@ def _resolve(block: nn.Module, target: str) -> list[nn.Parameter]:
     return list(found.parameters()) if isinstance(found, nn.Module) else []
 
 
-def _has(block: nn.Module, target: str) -> bool:
-    return bool(_resolve(block, target))
+def _others(rule: IdentityRule, copy: nn.Module, source: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Return the parameters of a copied block that its rule does not name, each with that which it was copied from."""
+    named, originals = {id(target) for target in target_parameters(rule, copy)}, dict(source.named_parameters())
+    return [
+        (parameter, originals[name])
+        for name, parameter in copy.named_parameters()
+        if id(parameter) not in named and parameter.is_floating_point()
+    ]

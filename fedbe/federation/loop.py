@@ -30,7 +30,7 @@ from fedbe.federation.scorer import Scorer, Scores
 from fedbe.federation.server import Server
 from fedbe.federation.summary import costs, results
 from fedbe.federation.view import RunView
-from fedbe.modeling.families import stated_depth
+from fedbe.modeling.architecture import depth_of
 from fedbe.storage.checkpoint import Checkpoint, Checkpoints, fingerprint, understood
 from fedbe.storage.metrics_file import MetricsFile
 from fedbe.storage.run_folder import RunFolder
@@ -155,7 +155,7 @@ class FederatedLoop:
         strategy.seed = plan.seed
         self.engine.start(plan)
         reports = self.engine.probe(strategy.probed(self.engine.client_ids))
-        depth = stated_depth(self.model.config) or 0
+        depth = depth_of(self.model)
         prepare_model(plan, self._inputs, strategy.place(reports, depth))
         clients = len(self.engine.client_ids)
         self.server.setup(clients, cohort_count(self.sampler.size, clients), plan.seed)

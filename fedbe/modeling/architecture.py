@@ -10,7 +10,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fedbe.errors import ExpansionError
-from fedbe.modeling.families import DEPTH_NAMES, INDEX_NAMES, Family, family_named, stated_depth
+from fedbe.modeling.families import (
+    COUNT_NAMES,
+    DEPTH_NAMES,
+    INDEX_NAMES,
+    Family,
+    family_named,
+    stack_config,
+    stated_depth,
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,21 @@ def all_configs(model: nn.Module) -> list[PreTrainedConfig]:
     return list({id(c): c for config in configs for c in (config, config.get_text_config())}.values())
 
 
+def takes_images(model: PreTrainedModel) -> bool:
+    """Whether a model takes images alone."""
+    return model.main_input_name == "pixel_values"
+
+
+def stack_config_of(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return the configuration that describes a model's blocks."""
+    return stack_config(model.config, takes_images(model))
+
+
+def depth_of(model: PreTrainedModel) -> int:
+    """Return the number of blocks that a model's configuration states; 0 if it states none."""
+    return stated_depth(model.config, takes_images(model)) or 0
+
+
 def find_blocks(model: PreTrainedModel) -> BlockStack:
     """Return the longest part of a model: its list of like blocks, as many as its configuration states.
 
@@ -67,9 +90,9 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
 
     Source: ours.
     """
-    config = model.config.get_text_config()
+    config = stack_config_of(model)
     _refuse_unsupported(model, config)
-    depth = stated_depth(config)
+    depth = stated_depth(model.config, takes_images(model))
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     fitting = [(path, blocks) for path, blocks in lists if len(blocks) == depth and _alike(blocks)]
     if not fitting:
@@ -105,6 +128,9 @@ def arrange(
         labels: The index that each block's modules carry at present; ``origins`` if left out.
     """
     family, depth, configs = stack.family, stack.depth, stack.configs()
+    if family.spell_out is not None:
+        for config in configs:
+            family.spell_out(config)
     holders: list[object] = [*configs, *_ancestors(stack)]
     for holder in holders:
         _reindex(holder, family, depth, origins)
@@ -126,6 +152,23 @@ def _refuse_unsupported(model: PreTrainedModel, config: PreTrainedConfig) -> Non
         raise ExpansionError(f"{name} has cross-attention, which is not covered: set add_cross_attention=False.")
     if getattr(config, "is_heterogeneous", False):
         raise ExpansionError(f"{name} has a configuration per block (`per_layer_config`): not supported.")
+    if (obstacle := family_named(str(config.model_type)).obstacle) is not None:
+        raise ExpansionError(f"{name} cannot be expanded with unchanged outputs: {obstacle}.")
+
+
+def refuse_positions(stack: BlockStack, positions: Sequence[int]) -> None:
+    """Check that no block is to be inserted where the model itself adds something between two blocks, by their index.
+
+    Raises:
+        ExpansionError: If one is.
+    """
+    fed_blocks = stack.family.fed_blocks
+    fed = 0 if fed_blocks is None else max(map(fed_blocks, (stack.model.config, *stack.configs())))
+    if positions and min(positions) < fed - 1:
+        raise ExpansionError(
+            f"`positions` = {list(positions)!r}: {type(stack.model).__name__} adds features of images behind each of "
+            f"its {fed} lowest blocks: give positions from {fed - 1} to {stack.depth - 1}."
+        )
 
 
 def _alike(blocks: nn.ModuleList) -> bool:
@@ -157,6 +200,10 @@ def _reindex(holder: object, family: Family, depth: int, origins: Sequence[int])
     for name, value in list(vars(holder).items()):
         if name in (*DEPTH_NAMES, *family.depth_names) and value == depth:
             setattr(holder, name, len(origins))
+        elif name in (*COUNT_NAMES, *family.counts) and isinstance(value, int):
+            setattr(holder, name, sum(old < value for old in origins))
+        elif name in family.last_indices and isinstance(value, int) and value >= 0:
+            setattr(holder, name, sum(old <= value for old in origins) - 1)
         elif name in family.block_index_lists and isinstance(value, (list, tuple)):
             setattr(holder, name, [new for new, old in enumerate(origins) if old in value])
         elif ("layer" in name or name in family.per_block_lists) and _has_entries(value, depth):
@@ -213,10 +260,17 @@ def expressed_by_config(model: PreTrainedModel, stack: BlockStack) -> str | None
 
 
 def _differing_attributes(module: nn.Module, twin: nn.Module | None) -> list[str]:
+    if _drops_in_training_only(module) and _drops_in_training_only(twin):
+        return []
     if twin is None or type(module) is not type(twin):
         return ["class"]
     ours, theirs = _plain_attributes(module), _plain_attributes(twin)
     return sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
+
+
+def _drops_in_training_only(module: nn.Module | None) -> bool:
+    """Whether a module passes everything on but in training; where its rate is 0 a model may do without it."""
+    return isinstance(module, (nn.Identity, nn.Dropout)) or type(module).__name__.endswith(("DropPath", "Dropout"))
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, object]:

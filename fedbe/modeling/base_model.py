@@ -88,7 +88,7 @@ class BaseModel:
     @property
     def depth(self) -> int:
         """Number of blocks of the base model; 0 where its configuration does not say."""
-        return stated_depth(self.config) or 0
+        return stated_depth(self.config, self.task == "image-classification") or 0
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in this section."""

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from fedbe.data import Batch
 from fedbe.errors import ExpansionError
+from fedbe.modeling.architecture import stack_config_of
 from fedbe.modeling.passes import evaluation_mode
 from fedbe.seeding import generator
 
@@ -29,7 +31,7 @@ def probe_inputs(model: PreTrainedModel) -> list[Batch]:
         return [_pixels(model)]
     if model.main_input_name != "input_ids":
         raise ExpansionError(f"`inputs` are needed to verify a model that takes `{model.main_input_name}`.")
-    config = model.config.get_text_config()
+    config = stack_config_of(model)
     ids = torch.randint(0, config.vocab_size, (3, _LENGTH), generator=generator(0, "verification"))
     mask = torch.ones_like(ids)
     mask[1, : _LENGTH // 3] = 0
@@ -43,7 +45,7 @@ def probe_inputs(model: PreTrainedModel) -> list[Batch]:
 def observe(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return every output tensor of a model in evaluation mode, a step that reads the cache included."""
     # Not in inference mode: what a model computes once and keeps, such as a rotary table, is used in training too.
-    with evaluation_mode(model, inference=False), torch.no_grad():
+    with evaluation_mode(model, inference=False), _without_memory(model), torch.no_grad():
         return [tensor for batch in batches for tensor in _outputs(model, on_device(model, batch))]
 
 
@@ -61,10 +63,24 @@ def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> str | None:
     return None
 
 
+@contextmanager
+def _without_memory(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model forget inside the block how positions were counted in its last pass, which was of other inputs."""
+    kept = [(module, vars(module)["rope_deltas"]) for module in model.modules() if "rope_deltas" in vars(module)]
+    for module, _ in kept:
+        module.rope_deltas = None
+    try:
+        yield
+    finally:
+        for module, deltas in kept:
+            module.rope_deltas = deltas
+
+
 def _pixels(model: PreTrainedModel) -> Batch:
-    size = model.config.image_size
+    config = stack_config_of(model)
+    size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    shape = (2, model.config.num_channels, height, width)
+    shape = (2, config.num_channels, height, width)
     return {"pixel_values": torch.randn(shape, generator=generator(0, "verification"))}
 
 

@@ -134,9 +134,9 @@ def test_lists_that_only_happen_to_be_as_long_as_the_depth_stay() -> None:
 def test_dense_blocks_of_a_mixture_keep_their_place() -> None:
     model = tiny("qwen2_moe")
     model.config.mlp_only_layers = [1, 3]
-    expansion = Expansion("qwen2_moe", "model.layers", 4, (0, 2), RULE)
-    with pytest.raises(ExpansionError, match=r"mlp\.down_proj"):
-        expansion.apply(model)
+    others = IdentityRule("zero-writers", ("attn.c_proj", "mlp.c_proj"))
+    with pytest.raises(ExpansionError, match=r"no parameters at attn\.c_proj, mlp\.c_proj"):
+        Expansion("qwen2_moe", "model.layers", 4, (0, 2), others).apply(model)
     expand_blocks(model, [0, 2])
     assert model.config.mlp_only_layers == [2, 5]
 
