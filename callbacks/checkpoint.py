@@ -31,7 +31,8 @@ class CheckpointCallback(FederatedCallback):
         return check_at_least(key, 1, every_n_rounds=self.every_n_rounds, keep=self.keep)
 
     def on_run_start(self, run: RunView) -> None:
-        """Have what clients send kept, if that is asked for."""
+        """Have what clients send kept, if that is asked for; finish what a killed run had begun to delete."""
+        Checkpoints(run.folder.checkpoints, self.keep).prune()
         if self.each_client:
             run.keep_outcomes(KeptOutcomes(run.folder.checkpoints / "round", run.identity))
 

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 def tensors(loop: FederatedLoop) -> dict[str, Tensor]:
     """Return every tensor that it takes to continue, by ``owner/…/name``."""
     server, engine = loop.server, loop.engine
-    return prefixed("server", server.tensors()) | prefixed("engine", engine.tensors(server.accepted))
+    prefix = {} if engine.prefix is None else engine.prefix.tensors()
+    return (
+        prefixed("server", server.tensors())
+        | prefixed("engine", engine.tensors(server.accepted))
+        | prefixed("prefix", prefix)
+    )
 
 
 def state_dict(loop: FederatedLoop) -> dict[str, Any]:
@@ -55,5 +60,5 @@ def load(loop: FederatedLoop, checkpoint: Checkpoint) -> None:
     loop.engine.load_state_dict(state["engine"])
     loop.engine.load_tensors(owned.get("engine", {}))
     if loop.engine.prefix is not None:
-        loop.engine.prefix.load_state_dict(state["prefix"])
+        loop.engine.prefix.load_state_dict(state["prefix"], owned.get("prefix", {}))
     loop.hooks.load_state_dict(state["callbacks"])

@@ -60,9 +60,14 @@ class Prefix:
         """Return what the figures go on from when a run is continued; outputs are computed again."""
         return self.store.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a `state_dict`."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the keys of all sequences whose outputs are known."""
+        return self.store.tensors()
+
+    def load_state_dict(self, state: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict` and its `tensors`."""
         self.store.load_state_dict(state)
+        self.store.load_tensors(tensors)
 
     def remove(self) -> None:
         """Let the model compute everything again."""

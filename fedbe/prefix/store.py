@@ -100,6 +100,7 @@ class Store:
     Attributes:
         hits: How many keys were found.
         misses: How many were not.
+        recalled: Keys that the run had kept before it was continued; they count as found, their tensors are gone.
 
     Raises:
         OSError: There can be no buffer of this size.
@@ -114,21 +115,27 @@ class Store:
         self._ends = self._starts[:-1]
         self._part, self._news = 0, News()
         self.hits = self.misses = 0
+        self.recalled: frozenset[bytes] = frozenset()
+        self._recalled_bytes = 0
 
     def __len__(self) -> int:
         return len(self._places)
 
     @property
     def used(self) -> int:
-        """How many bytes are taken."""
-        return sum(self._ends) - sum(self._starts[:-1])
+        """How many bytes are taken, or would be in a run that was never interrupted."""
+        kept = (_size(place) for key, place in self._places.items() if key not in self.recalled)
+        return self._recalled_bytes + sum(kept)
 
     def get(self, key: bytes) -> Tensor | None:
         """Return what is kept under a key."""
-        if key not in self._places:
+        known = key in self._places
+        if known or key in self.recalled:
+            self.hits += 1
+        else:
             self.misses += 1
+        if not known:
             return None
-        self.hits += 1
         start, shape, dtype = self._places[key]
         return self._buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
@@ -146,12 +153,21 @@ class Store:
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """Return how often keys were found and not found, for a run that is continued with an empty store."""
-        return {"hits": self.hits, "misses": self.misses}
+        """Return what the figures are, for a run that is continued with an empty store."""
+        return {"hits": self.hits, "misses": self.misses, "bytes": self.used}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Count on from a `state_dict`."""
-        self.hits, self.misses = state["hits"], state["misses"]
+        self.hits, self.misses, self._recalled_bytes = state["hits"], state["misses"], state["bytes"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the keys that a continued run counts as found. Shape ``[keys, bytes of a key]``."""
+        keys = sorted(self.recalled | self._places.keys())
+        return {"keys": torch.tensor([list(key) for key in keys], dtype=torch.uint8)} if keys else {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from `tensors`."""
+        self.recalled = frozenset(bytes(key) for key in tensors["keys"].tolist()) if tensors else frozenset()
 
     def join(self, part: int) -> None:
         """Fill this part from now on, in a process that was forked; part 0 is for the one they were forked from."""
@@ -223,6 +239,11 @@ def _allocate(file: int, start: int, size: int) -> None:
     else:
         if os.pwrite(file, bytes(size), start) < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _size(place: tuple[int, torch.Size, torch.dtype]) -> int:
+    _, shape, dtype = place
+    return _aligned(shape.numel() * dtype.itemsize)
 
 
 def _aligned(place: int) -> int:

@@ -83,9 +83,13 @@ class Checkpoints:
         intact = f"{before} is intact: make room, then continue with --ckpt_path last" if before else ""
         with explained(f"the checkpoint of round {number}", intact):
             save_tensors(path, tensors, state)
+        self.prune()
+        return path
+
+    def prune(self) -> None:
+        """Delete those that are too old."""
         for old in list(self.newest_first())[self.keep :]:
             old.unlink()
-        return path
 
     def newest_first(self) -> Iterator[Path]:
         """Yield the files, the newest round first."""

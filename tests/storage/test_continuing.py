@@ -67,6 +67,15 @@ def test_more_newer_files_than_are_kept_do_not_cost_the_new_ones(tmp_path):
     assert (folder / "round_000003.safetensors").exists()
 
 
+def test_what_a_killed_run_had_still_to_delete_is_deleted_when_it_goes_on(tmp_path):
+    loop = run(tmp_path / "run", 3)
+    again = toy_loop(tmp_path / "run", rounds=3, callbacks=[CheckpointCallback(keep=2)])
+    again.setup()
+    again.resume(read_checkpoint(last(tmp_path / "run")))
+    left = sorted(path.name for path in loop.folder.checkpoints.glob("round_*"))
+    assert left == ["round_000002.safetensors", "round_000003.safetensors"]
+
+
 def test_a_checkpoint_of_another_format_is_refused_with_words(tmp_path):
     loop = run(tmp_path / "run", 1)
     path = loop.folder.checkpoints / "round_000001.safetensors"
