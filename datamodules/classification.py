@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, Value
+from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fedbe.corpora import SPLITS, Corpus
 from fedbe.data import Batch, pad_samples, pad_token_id
@@ -16,7 +17,7 @@ from fedbe.datamodules.corpus import (
     vocabulary_problems,
 )
 from fedbe.datamodules.flower import FlowerPartitioner
-from fedbe.datamodules.labels import LabelSet
+from fedbe.datamodules.labels import LabelSet, label_fault
 from fedbe.datamodules.partition import Partitioner, raise_problems
 from fedbe.datamodules.tokens import LabelledTokens
 from fedbe.errors import Problem
@@ -29,8 +30,8 @@ class LabelledDataModule(CorpusDataModule):
     Args:
         corpus: Source of the three splits.
         partitioner: Rule that gives each client its rows.
-        label_column: Column of the class: strings, integers or a `datasets.ClassLabel`.
-        labels: Names of the classes in order; ``None`` to take those of the training split.
+        label_column: Column of the class: strings, integers, booleans or a `datasets.ClassLabel`.
+        labels: Names of the classes in order, see `LabelSet`; ``None`` to take those of the training split.
         batch_size: Samples in a client's local step.
         eval_batch_size: Samples in a validation or test batch; ``None`` for four times `batch_size`.
     """
@@ -56,9 +57,9 @@ class LabelledDataModule(CorpusDataModule):
 
     @property
     def label_set(self) -> LabelSet:
-        """The classes, read from the training split on first use."""
+        """The classes, read from the training split on first use; numbered as in the connected model's head."""
         if self._label_set is None:
-            self._label_set = LabelSet(self._split("train"), self._label_column, self.labels)
+            self._label_set = LabelSet(self._split("train"), self._label_column, self.labels, self.model_config)
         return self._label_set
 
     @property
@@ -66,11 +67,30 @@ class LabelledDataModule(CorpusDataModule):
         """Number of classes; known before `connect`, so that a model can be made for it."""
         return len(self.label_set.names)
 
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes in the order of their numbers."""
+        return self.label_set.names
+
+    def connect(
+        self, tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig | None, seed: int
+    ) -> None:
+        """Receive tokenizer, model configuration and seed; classes are numbered as in the model's head if it has them.
+
+        Raises:
+            ConfigError: When the data cannot be given to this model.
+        """
+        if not self.client_ids:
+            self._label_set = None
+        super().connect(tokenizer, model_config, seed)
+
     def _row_problems(self, key: str) -> list[Problem]:
         key = f"{key}.label_column" if self.labels is None else f"{key}.labels"
-        if not isinstance(self._split("train").features[self._label_column], Value | ClassLabel):
-            return [Problem(key, self._label_column, "is no column of single values; name one of strings or integers.")]
+        if fault := label_fault(self._split("train").features[self._label_column]):
+            return [Problem(key, self._label_column, fault)]
         problems = [problem for split in SPLITS for problem in self.label_set.problems(key, split, self._split(split))]
+        if len(set(self.class_names)) < self.num_labels:
+            problems.append(Problem(key, self.labels, "has a name twice; give each class one of its own."))
         if self.num_labels < 2:
             problems.append(Problem(key, self.label_set.names, "classification needs two classes or more."))
         return problems
@@ -86,8 +106,8 @@ class SequenceClassificationDataModule(LabelledDataModule):
         corpus: Source of the three splits.
         partitioner: Rule that gives each client its rows.
         text_column: Column of the text.
-        label_column: Column of the class: strings, integers or a `datasets.ClassLabel`.
-        labels: Names of the classes in order; ``None`` to take those of the training split.
+        label_column: Column of the class: strings, integers, booleans or a `datasets.ClassLabel`.
+        labels: Names of the classes in order, see `LabelSet`; ``None`` to take those of the training split.
         max_length: Most tokens of a sample.
         batch_size: Samples in a client's local step.
         eval_batch_size: Samples in a validation or test batch; ``None`` for four times `batch_size`.

@@ -30,8 +30,8 @@ class ImageClassificationDataModule(LabelledDataModule):
         corpus: Source of the three splits; pictures are `datasets.Image` columns.
         partitioner: Rule that gives each client its rows.
         image_column: Column of the picture.
-        label_column: Column of the class: strings, integers or a `datasets.ClassLabel`.
-        labels: Names of the classes in order; ``None`` to take those of the training split.
+        label_column: Column of the class: strings, integers, booleans or a `datasets.ClassLabel`.
+        labels: Names of the classes in order, see `LabelSet`; ``None`` to take those of the training split.
         mean: Mean of every channel in [0, 1], where no processor says otherwise.
         deviation: Standard deviation of every channel, where no processor says otherwise.
         batch_size: Samples in a client's local step.

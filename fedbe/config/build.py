@@ -125,7 +125,8 @@ def local_plan(run: RunConfig) -> LocalPlan:
         data, options = PooledData(data), options | ({"max_steps": steps * cohort} if steps > 0 else {})
     processor = run.model.processor
     with isolated_rng(derive_seed(run.seed, "new head")):
-        model = run.model.load(run.data.num_labels, getattr(processor, "pad_token_id", None))
+        classes = run.data.class_names or run.data.num_labels
+        model = run.model.load(classes, getattr(processor, "pad_token_id", None))
     torch.nn.Module.to(model, L.Trainer(**QUIET, **options).strategy.root_device)
     return LocalPlan(
         model=model,

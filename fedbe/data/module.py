@@ -79,6 +79,15 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         """Number of classes of a classification task; ``None`` for language modelling."""
         return None
 
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """The names of the classes in the order of their numbers; ``None`` where they have none.
+
+        They are asked for after `connect`, and travel with the model. A module whose classes the connected model's head
+        has already should number them as that does, see `fedbe.modeling.head.in_head_order`.
+        """
+        return None
+
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in this module's configuration that can be seen without loading anything large.
 
@@ -180,6 +189,11 @@ class DataWrapper(FederatedDataModule):
     def num_labels(self) -> int | None:
         """Number of classes of a classification task."""
         return self.data.num_labels
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """The names of the classes in the order of their numbers."""
+        return self.data.class_names
 
     def client_dataset(self, client_id: str) -> Dataset[Any]:
         """Return the training set of one client."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -25,6 +27,7 @@ from fedbe.assets import micro_path
 from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.modeling.checkpointing import enable_gradient_checkpointing
 from fedbe.modeling.families import stated_depth
+from fedbe.modeling.head import agree_on_padding, renew_head, set_classes, set_padding
 
 MICRO = "fedbe:micro"
 PACKAGE = "package:"
@@ -43,7 +46,8 @@ class BaseModel:
     Attributes:
         name: A Hugging Face Hub name, a local checkpoint folder, ``fedbe:micro``, the small model that comes along, or
             ``package:NAME/FOLDER``, a folder inside an installed Python package.
-        task: The model's head; a classifier's is new and trained along with the blocks.
+        task: The model's head; a classifier's is trained along with the blocks, and it is new unless the checkpoint's
+            is for the data's classes.
         dtype: Type of the resident weights.
         attention: Attention implementation of `transformers`; ``null`` for its default.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -112,31 +116,33 @@ class BaseModel:
         """
         loader = AutoImageProcessor if self.task == "image-classification" else AutoTokenizer
         try:
-            return loader.from_pretrained(self.path, revision=self.revision)
+            processor = loader.from_pretrained(self.path, revision=self.revision)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 Problem("model.name", self.name, f"its {loader.__name__} cannot be read ({reason})")
             ) from error
+        if self.task == "sequence-classification":
+            agree_on_padding(processor, self.config)
+        return processor
 
-    def load(self, num_labels: int | None = None, pad_token_id: int | None = None) -> PreTrainedModel:
+    def load(self, classes: int | Sequence[str] | None = None, pad_token_id: int | None = None) -> PreTrainedModel:
         """Return the base model in evaluation mode, all of it frozen.
 
         Args:
-            num_labels: Classes of a new classification head; ``None`` keeps what the checkpoint says.
-            pad_token_id: Padding id for a classifier whose checkpoint names none.
+            classes: Names of a classifier's classes in the order of its outputs, or their number; ``None`` keeps the
+                checkpoint's head as it is.
+            pad_token_id: What batches are padded with; a model without a classifier keeps the id that it names.
 
         Raises:
             ConfigError: The weights are missing, broken, or of another architecture.
         """
-        config = self.config
-        new_head = num_labels is not None and num_labels != config.num_labels
-        if num_labels is not None:
-            config.num_labels = num_labels
-        if pad_token_id is not None and getattr(config.get_text_config(), "pad_token_id", None) is None:
-            config.get_text_config().pad_token_id = pad_token_id
+        config = copy.deepcopy(self.config)
+        sized = config.num_labels
+        new_head = classes is not None and set_classes(config, classes)
+        set_padding(config, pad_token_id, classifier=classes is not None)
         options: dict[str, Any] = {} if self.attention is None else {"attn_implementation": self.attention}
-        if new_head:
+        if config.num_labels != sized:
             options["ignore_mismatched_sizes"] = True
         try:
             model: PreTrainedModel = _AUTO_CLASSES[self.task].from_pretrained(
@@ -145,6 +151,8 @@ class BaseModel:
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             remedy = f"its weights cannot be loaded: {str(error).strip().splitlines()[0]}"
             raise ConfigError(Problem("model.name", self.name, remedy)) from error
+        if new_head and config.num_labels == sized:
+            renew_head(model)
         model.requires_grad_(False)
         model.train(False)
         if self.gradient_checkpointing:
@@ -167,6 +175,8 @@ class GivenModel(BaseModel):
         dtype: Any = str(model.dtype).removeprefix("torch.")
         super().__init__(model.name_or_path or type(model).__name__, task, dtype)
         self.model, self.config, self.processor = model, model.config, processor
+        if self.task == "sequence-classification":
+            agree_on_padding(processor, self.config)
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for a model of no task that there is."""
@@ -175,16 +185,19 @@ class GivenModel(BaseModel):
         remedy = f"is of none of the tasks there are: {', '.join(_AUTO_CLASSES)}"
         return [Problem(f"{key}.name", type(self.model).__name__, remedy)]
 
-    def load(self, num_labels: int | None = None, pad_token_id: int | None = None) -> PreTrainedModel:
-        """Return the model itself, in evaluation mode and frozen.
+    def load(self, classes: int | Sequence[str] | None = None, pad_token_id: int | None = None) -> PreTrainedModel:
+        """Return the model itself, in evaluation mode and frozen, its configuration that of these classes.
 
         Raises:
             ConfigError: Its head is for another number of classes.
         """
-        if num_labels is not None and num_labels != self.config.num_labels:
-            classes = self.config.num_labels
-            remedy = f"has a head for {classes} classes, and the data has {num_labels}: load it for as many"
+        count = classes if classes is None or isinstance(classes, int) else len(classes)
+        if count is not None and count != self.config.num_labels:
+            remedy = f"has a head for {self.config.num_labels} classes, and the data has {count}: load it for as many"
             raise ConfigError(Problem("model.name", self.name, remedy))
+        if classes is not None:
+            set_classes(self.config, classes)
+        set_padding(self.config, pad_token_id, classifier=classes is not None)
         self.model.requires_grad_(False)
         self.model.train(False)
         return self.model
