@@ -23,6 +23,7 @@ from fedbe.modeling.base_model import BaseModel
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "good", "bad", "odd", "a", "b", "c"]
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+LIVELY = {**SIZES, "initializer_range": 0.3}  # learns in a few steps
 
 
 def words(**special: str | None) -> PreTrainedTokenizerFast:
@@ -36,7 +37,7 @@ def words(**special: str | None) -> PreTrainedTokenizerFast:
 
 def bert(folder: Path, **settings) -> Path:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, pad_token_id=0, **SIZES, **settings)
+    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, pad_token_id=0, **LIVELY, **settings)
     BertForSequenceClassification(config).save_pretrained(folder)
     words(pad_token="<pad>").save_pretrained(folder)
     return folder
@@ -44,7 +45,7 @@ def bert(folder: Path, **settings) -> Path:
 
 def llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **settings) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=32, **SIZES, **settings)
+    config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=32, **LIVELY, **settings)
     LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -64,7 +65,7 @@ def text_data(folder: Path, by_word: dict, feature=None, count: int = 108, **arg
 def trained(base: Path | BaseModel, data, output: Path, **settings):
     """Return the result of a run that learns to tell the texts apart."""
     model = base if isinstance(base, BaseModel) else BaseModel(str(base), "sequence-classification")
-    arguments = {"rounds": 1, "trainer": {"max_steps": 60, "accelerator": "cpu"}, "logger": "none"}
+    arguments = {"rounds": 1, "trainer": {"max_steps": 40, "accelerator": "cpu"}, "logger": "none"}
     arguments |= {"optimizer": partial(torch.optim.AdamW, lr=5e-3), "algorithm": FedAvg(), **settings}
     return Federation(data, model, output=output, **arguments).fit()
 
@@ -74,4 +75,4 @@ def answers(folder: Path, inputs: list, task: str = "text-classification", **opt
     return [answer["label"] for answer in pipeline(task, model=str(folder), device="cpu", **options)(inputs)]
 
 
-__all__ = ["SIZES", "WORDS", "ClassLabel", "answers", "bert", "llama", "text_data", "trained", "words"]
+__all__ = ["LIVELY", "SIZES", "WORDS", "ClassLabel", "answers", "bert", "llama", "text_data", "trained", "words"]
