@@ -23,7 +23,7 @@ class Trait(Enum):
     UNCHANGED_BASE = "base weights that nothing changes"
     COPIED_IN_AND_OUT = "clients whose start and end are copies of tensors and nothing else"
     SEVERAL_CLIENTS = "several clients that train in a round"
-    SHARED_MEMORY = "clients in this process, whose kept tensors it can see"
+    SHARED_MEMORY = "clients in this process, whose rows and kept tensors it can see"
     SINGLE_CLIENT_STEPS = "local steps that belong to one client alone"
 
 

@@ -1,6 +1,6 @@
 """The gate: what the other parts add to the model is let through on the clients' domains, token by token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,8 @@ from fedbe.text.reference import batches_of, corpus_text, own_text
 from fedbe.traits import Trait, Traits
 
 UNIT = "gate"
+SCALING = "gate_features"
+"""Name in the structure of the gate's mean and scale of each feature."""
 
 
 class Gate(Adaptation):
@@ -73,6 +75,7 @@ class Gate(Adaptation):
         self._shut_on: Batch = {}
         self._negatives = torch.empty(0)
         self._detached: TokenGate | None = None
+        self._scaling: dict[str, list[float]] = {}
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in these arguments."""
@@ -115,7 +118,24 @@ class Gate(Adaptation):
         parts = ({name: t.to(model.device) for name, t in part.items()} for part in batches_of(self._shut_on, 16))
         self._negatives = torch.cat([gate_features(model, part) for part in parts])
         self._shut_on = {}
-        self._installed(model).standardise(self._negatives)
+        gate = self._installed(model)
+        gate.standardise(self._negatives)
+        self._scale(gate, structure or {})
+
+    def structure(self) -> Structure:
+        """Return by what features are standardised: the server's, whatever another machine computes."""
+        return {SCALING: self._scaling} if self._scaling else {}
+
+    def grow(self, model: PreTrainedModel, structure: Structure, inputs: Batch | None = None) -> Mapping[str, str]:
+        """Standardise features as this structure says."""
+        gate = self._detached or self._installed(model)
+        self._scale(gate, structure)
+        return {}
+
+    def _scale(self, gate: TokenGate, structure: Structure) -> None:
+        for name, values in structure.get(SCALING, {}).items():
+            gate.get_buffer(name).copy_(torch.tensor(values))
+        self._scaling = {name: gate.get_buffer(name).tolist() for name in ("mean", "scale")}
 
     @property
     def trainable_names(self) -> tuple[str, ...]:

@@ -79,5 +79,6 @@ class Apart(Topology):
 class Pooled(Topology):
     """One client with the data of all, which takes as many local steps in a round as a cohort would together."""
 
+    needs: Traits = frozenset({Trait.SHARED_MEMORY})
     offers: Traits = ALL - {Trait.SEVERAL_CLIENTS}
     pooled = True

@@ -16,6 +16,7 @@ from fedbe.client.plan import LocalPlan
 from fedbe.client.trainer import QUIET, trainer_options
 from fedbe.config.run import RunConfig
 from fedbe.data import PooledData
+from fedbe.engines.remote import RemoteClient
 from fedbe.errors import ConfigError, Problem
 from fedbe.federation.callback import FederatedCallback
 from fedbe.federation.cohort import CohortSampler, cohort_count
@@ -25,6 +26,7 @@ from fedbe.seeding import derive_seed, isolated_rng
 from fedbe.storage.checkpoint import Checkpoint, check_same_run
 from fedbe.storage.csv_log import CSVLog
 from fedbe.storage.run_folder import RunFolder
+from fedbe.traits import Trait
 
 STANDARD_CALLBACKS = (
     "RetentionCallback",
@@ -74,7 +76,8 @@ def build(run: RunConfig, config: Mapping[str, Any], checkpoint: Checkpoint | No
     if problems:
         raise ConfigError(*problems)
     connect_data(run)
-    plan = local_plan(run)
+    here = Trait.SHARED_MEMORY in run.engine.offers
+    plan = local_plan(run, len(run.data.client_ids) if here else None)
     folder = RunFolder(run.folder, begin_again=run.ckpt_path is not None)
     rounds = run.federation
     return FederatedLoop(
@@ -96,13 +99,15 @@ def build(run: RunConfig, config: Mapping[str, Any], checkpoint: Checkpoint | No
 
 
 def connect_data(run: RunConfig) -> None:
-    """Set the checked data module up for this model and seed.
+    """Set the checked data module up for this model and seed; of clients elsewhere it need hold nothing.
 
     Raises:
         ConfigError: The data cannot be loaded, or does not fit the cohort.
     """
     run.data.prepare_data()
     run.data.setup("fit")
+    if Trait.SHARED_MEMORY not in run.engine.offers:
+        return
     problems = run.federation.check_cohort(len(run.data.client_ids))
     empty = [client for client in run.data.client_ids if not len(cast(Sized, run.data.client_dataset(client)))]
     problems += [Problem("data", client, "this client has no sample: leave it out of `client_ids`") for client in empty]
@@ -110,17 +115,38 @@ def connect_data(run: RunConfig) -> None:
         raise ConfigError(*problems)
 
 
-def local_plan(run: RunConfig) -> LocalPlan:
+def remote_client(run: RunConfig, client_id: str) -> RemoteClient:
+    """Check a client's own configuration, load its model, and return the client, ready to serve a `RemoteEngine`.
+
+    Args:
+        run: The server's configuration, but for `data`: it needs to hold this client's rows alone.
+        client_id: The client's name in the data module.
+
+    Raises:
+        ConfigError: The configuration cannot run; it carries every mistake found.
+    """
+    if problems := run.check():
+        raise ConfigError(*problems)
+    run.data.prepare_data()
+    return RemoteClient(local_plan(run, None), client_id)
+
+
+def local_plan(run: RunConfig, clients: int | None) -> LocalPlan:
     """Load the model, and return what clients need to train it on the connected data.
 
     Of a pooled run there is one client, which takes a whole cohort's steps.
+
+    Args:
+        run: The configuration, its classes instantiated.
+        clients: Number of the run's clients; ``None`` where they are not known yet.
 
     Raises:
         ConfigError: The model cannot be loaded.
     """
     options, data = trainer_options(run.trainer), run.data
-    cohort, pooled = cohort_count(run.federation.cohort, len(data.client_ids)), run.algorithm.topology.pooled
-    if pooled:
+    cohort = None if clients is None else cohort_count(run.federation.cohort, clients)
+    pooled = run.algorithm.topology.pooled
+    if pooled and cohort is not None:
         steps = options.get("max_steps", -1)
         data, options = PooledData(data), options | ({"max_steps": steps * cohort} if steps > 0 else {})
     processor = run.model.processor

@@ -29,7 +29,7 @@ SENTENCES: Mapping[Trait, str] = {
     Trait.UNCHANGED_BASE: "it stands beside base weights that nothing changes, and {other} changes them",
     Trait.COPIED_IN_AND_OUT: "a client of {other} needs the model to itself",
     Trait.SEVERAL_CLIENTS: "with {other} there is one client, and none to train beside it",
-    Trait.SHARED_MEMORY: "it looks at what clients keep, and with {other} they keep it elsewhere",
+    Trait.SHARED_MEMORY: "it needs clients and their data in this process, and with {other} they are elsewhere",
     Trait.SINGLE_CLIENT_STEPS: "it acts on one client's model, and {other} trains several clients in one pass",
 }
 """Trait → why what needs it does not go with what does not offer it."""

@@ -14,7 +14,7 @@ from fedbe.client.plan import LocalPlan
 from fedbe.data import Batch
 from fedbe.errors import ClientTimeoutError, Facts, Problem
 from fedbe.messages import Evaluate, Evaluation, Failure, FailureKind, FitTask, Outcome, ProbeReport, Structure
-from fedbe.prefix import Prefix
+from fedbe.prefix import Prefix, reuse_prefix
 from fedbe.traits import Part
 
 
@@ -64,6 +64,18 @@ class Engine(Part, ABC):
         Raises:
             ConfigError: Its clients cannot be trained here.
         """
+
+    def reuse_prefix(self, plan: LocalPlan, inputs: Batch, processes: int = 1) -> None:
+        """Keep what the frozen blocks below every block that changes compute, where the plan says so.
+
+        Raises:
+            ConfigError: That cannot be done in this model.
+        """
+        if self.prefix is not None:
+            self.prefix.remove()
+        if plan.prefix is not None:
+            changing = {*plan.adaptation.state_names, *plan.adaptation.trainable_names}
+            self.prefix = reuse_prefix(plan.model, changing, plan.prefix.store(processes), inputs)
 
     @abstractmethod
     def fit(self, tasks: Iterable[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:

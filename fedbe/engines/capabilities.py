@@ -9,24 +9,24 @@ from fedbe.allocation import Capabilities
 from fedbe.allocation.cost import CostModel
 from fedbe.client.plan import LocalPlan
 from fedbe.client.trainer import local_steps
+from fedbe.data import Batch
 from fedbe.errors import under
-from fedbe.seeding import generator
 
 
-def simulated_capabilities(plan: LocalPlan, samples: Mapping[str, int]) -> Capabilities | None:
+def simulated_capabilities(plan: LocalPlan, samples: Mapping[str, int], rows: Batch) -> Capabilities | None:
     """Return what clients can afford of the model as it is now; ``None`` where no devices are simulated.
 
     Args:
         plan: What they train, with the model prepared.
         samples: Client → number of its training samples.
+        rows: Some like the clients', in a number like that of a local step.
     """
     if plan.clock is None:
         return None
-    clients, data, trainer = list(samples), plan.data, plan.trainer
+    data, trainer = plan.data, plan.trainer
     with under("clock.fleet.init_args"):
-        plan.clock.fleet.setup(clients, plan.seed)
-    batch = next(iter(data.client_dataloader(clients[0], generator(plan.seed, "cost model"))))
-    inputs = {name: tensor.to(plan.model.device) for name, tensor in batch.items()}
+        plan.clock.fleet.setup(list(samples), plan.seed)
+    inputs = {name: tensor.to(plan.model.device) for name, tensor in rows.items()}
     costs = CostModel.of(plan.model, inputs, plan.optimizer, plan.adaptation.trainable_names)
     each_step = data.batch_size * trainer.get("accumulate_grad_batches", 1) * (1 + plan.objective.extra_samples)
     steps = {client: local_steps(trainer, math.ceil(count / data.batch_size)) for client, count in samples.items()}

@@ -16,7 +16,7 @@ from fedbe.engines.capabilities import simulated_capabilities
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.messages import Evaluate, Evaluation, FitTask, Outcome, ProbeReport, Structure
 from fedbe.modeling.tensors import copy_tensors, load_tensors
-from fedbe.prefix import reuse_prefix
+from fedbe.seeding import generator
 from fedbe.storage.tensor_names import grouped, prefixed
 from fedbe.system.machine import Trimming
 
@@ -73,19 +73,13 @@ class LocalEngine(Engine):
         Raises:
             ConfigError: What frozen blocks compute is to be reused, and cannot be in this model.
         """
-        self._reuse_prefix(inputs)
+        self.reuse_prefix(self.plan, inputs, self.processes)
         if renamed:
             self.memory.rename(renamed)
-        self._capabilities = simulated_capabilities(self.plan, self.samples) if self.plan.clock is not None else None
-
-    def _reuse_prefix(self, inputs: Batch) -> None:
-        """Keep what the frozen blocks below every block that changes compute."""
-        if self.prefix is not None:
-            self.prefix.remove()
-        plan = self.plan
-        if plan.prefix is not None:
-            changing = {*plan.adaptation.state_names, *plan.adaptation.trainable_names}
-            self.prefix = reuse_prefix(plan.model, changing, plan.prefix.store(self.processes), inputs)
+        if self.plan.clock is not None:
+            own = generator(self.plan.seed, "cost model")
+            rows = next(iter(self.plan.data.client_dataloader(self.client_ids[0], own)))
+            self._capabilities = simulated_capabilities(self.plan, self.samples, rows)
 
     def attempt(self, task: FitTask) -> Outcome:
         """Train one client; what it raises is its own failure, and leaves no gradient behind."""

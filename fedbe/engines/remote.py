@@ -11,9 +11,13 @@ from dataclasses import replace
 from itertools import count
 from typing import Protocol
 
+import torch
+
+from fedbe.allocation.capabilities import Capabilities
 from fedbe.client.plan import LocalPlan, prepare_model
 from fedbe.data import Batch
 from fedbe.engines.base import Engine, failure, one_line
+from fedbe.engines.capabilities import simulated_capabilities
 from fedbe.engines.in_process import InProcess
 from fedbe.errors import ConfigError, MessageError, Problem
 from fedbe.messages import (
@@ -134,6 +138,7 @@ class RemoteEngine(Engine):
     """
 
     offers: Traits = ALL - {Trait.SHARED_MEMORY}
+    _plan: LocalPlan
 
     def __init__(
         self,
@@ -149,6 +154,7 @@ class RemoteEngine(Engine):
         self._samples: dict[str, int] = {}
         self._numbers = count(1)
         self._base = ""
+        self._capabilities: Capabilities | None = None
 
     def start(self, plan: LocalPlan) -> None:
         """Wait for the clients.
@@ -156,7 +162,7 @@ class RemoteEngine(Engine):
         Raises:
             ConfigError: Not all of them came in time.
         """
-        self._base = fingerprint(plan.model)
+        self._plan, self._base, self._capabilities = plan, fingerprint(plan.model), None
         deadline = time.monotonic() + self.greeting_seconds
         while lacking := self._lacking():
             left = deadline - time.monotonic()
@@ -188,11 +194,18 @@ class RemoteEngine(Engine):
     def prepared(self, inputs: Batch, structure: Structure, renamed: Mapping[str, str] | None = None) -> None:
         """Have clients build the adapted model; when its structure changes later, each learns of it with its task.
 
+        What simulated devices can afford is counted on `inputs`, in place of the clients' rows.
+
         Raises:
             ConfigError: One of them cannot.
         """
         if renamed is None:
             list(self._all_of(self._ask([Prepare(client, structure) for client in self.client_ids])))
+        self.reuse_prefix(self._plan, inputs)
+        if self._plan.clock is not None:
+            step = min(self._plan.data.batch_size, next(iter(self._samples.values())))
+            rows = {name: tensor[torch.arange(step) % len(tensor)] for name, tensor in inputs.items()}
+            self._capabilities = simulated_capabilities(self._plan, self._samples, rows)
 
     def fit(self, tasks: Iterable[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
         """Yield each task with what came of it; all are taken before the first client begins."""
@@ -210,9 +223,15 @@ class RemoteEngine(Engine):
                 _log.warning("Client %r has not scored its model: %s", answer.client_id, answer.reason)
 
     def available(self, round_index: int) -> Collection[str]:
-        """Return the clients that are there."""
-        present = self.channel.present()
-        return [client for client in self.client_ids if self._addresses[client] in present]
+        """Return the clients that are there, and whose simulated devices are."""
+        present, simulated = self.channel.present(), super().available(round_index)
+        there = [client for client in self.client_ids if self._addresses[client] in present]
+        return [client for client in there if simulated is None or client in simulated]
+
+    @property
+    def capabilities(self) -> Capabilities | None:
+        """What clients can afford, where their devices are simulated."""
+        return self._capabilities
 
     def close(self) -> None:
         """Tell the clients that the run is over."""
@@ -361,7 +380,8 @@ class RemoteClient:
     """
 
     def __init__(self, plan: LocalPlan, client_id: str, most_bytes: int = MOST_BYTES) -> None:
-        self.plan, self.client_id, self.most_bytes = plan, client_id, most_bytes
+        self.plan = replace(plan, clock=None)  # the server simulates devices
+        self.client_id, self.most_bytes = client_id, most_bytes
         self.engine = InProcess()
         self._inputs: Batch | None = None
 

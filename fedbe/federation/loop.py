@@ -154,11 +154,12 @@ class FederatedLoop:
         self._inputs = {name: x[:2].to(self.model.device) for name, x in inputs.items()}
         strategy.seed = plan.seed
         self.engine.start(plan)
+        clients = len(self.engine.client_ids)
+        cohort = cohort_count(self.sampler.size, clients, "federation.cohort")
         reports = self.engine.probe(strategy.probed(self.engine.client_ids))
         depth = depth_of(self.model)
         prepare_model(plan, self._inputs, strategy.place(reports, depth))
-        clients = len(self.engine.client_ids)
-        self.server.setup(clients, cohort_count(self.sampler.size, clients), plan.seed)
+        self.server.setup(clients, cohort, plan.seed)
         self.restructured(None)
 
     def on_run_start(self) -> None:

@@ -66,11 +66,12 @@ class Scorer:
         """Return how clients' own models score, ``mean``, ``min``, ``max`` and ``loss``.
 
         Returns:
-            ``None`` where there is one global model for all.
+            ``None`` where there is one global model for all, or no client has answered.
         """
         if Trait.GLOBAL_MODEL in self.server.algorithm.offers:
             return None
         units = tuple(self.server.algorithm.adaptation.units())
         tasks = (self.server.task(client, experience, round_index, units) for client in self.engine.client_ids)
         with self.timed():
-            return summarise_clients(list(self.engine.evaluate(Evaluate(task, split) for task in tasks)))
+            scores = list(self.engine.evaluate(Evaluate(task, split) for task in tasks))
+        return summarise_clients(scores) if scores else None
