@@ -39,6 +39,11 @@ class TokenSamples(Dataset[dict[str, Tensor]]):
         return len(self.sequences.tokens)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that samples are made of."""
+        return self.sequences.tokens, self.sequences.offsets, self.scored, torch.tensor(self.restart_positions)
+
+    @property
     def lengths(self) -> list[int]:
         """Number of tokens of each sample."""
         return self.sequences.lengths
@@ -81,6 +86,11 @@ class LabelledTokens(Dataset[dict[str, Tensor]]):
     def tokens(self) -> int:
         """Number of tokens in all samples."""
         return len(self.sequences.tokens)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that samples are made of."""
+        return self.sequences.tokens, self.sequences.offsets, self.targets
 
     @property
     def lengths(self) -> list[int]:

@@ -106,6 +106,7 @@ def measure_cohort(loop: FederatedLoop, repeats: int) -> Iterator[CohortGain]:
         objective=Plain(),
         trainer={**loop.plan.trainer, "max_steps": STEPS},
         clock=None,
+        prefix=None,
     )
     for clients, batch_size, length in SETTINGS:
         cut = CutData(data, batch_size, length)

@@ -1,7 +1,8 @@
 """Federated data modules: who has which data, and its batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fedbe.data.batch import Batch, pad_samples
+from fedbe.data.fingerprint import MOST_SAMPLES, drawn_samples, fingerprint, seeded
 from fedbe.errors import ConfigError, Facts, Problem
 
 
@@ -124,6 +126,32 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         """Return the test batches, each sample once."""
         return self._eval_dataloader(self.test_dataset())
 
+    def fingerprint(self, with_clients: bool = True) -> dict[str, str]:
+        """Return the number of samples and a digest of each part of the encoded data.
+
+        It is kept in a checkpoint: a run is continued only on the data that it began with, encoded by the same
+        tokenizer and template. Datasets that hold their values in ``tensors``, as those of text in `fedbe.datamodules`
+        do, are read as a whole, at 0.7 GB/s (0.2 s for 25 million tokens). Of others, samples are drawn one by one, as
+        for training: 0.1 ms for tokens, 2 ms for a picture of 224 x 224. Where there are more than `MOST_SAMPLES`,
+        which bounds this at 30 s of such pictures, samples spread evenly are drawn, and a change in some rows may go
+        unnoticed. Override this where samples cost more, differ from draw to draw, or have a version of their own.
+
+        Args:
+            with_clients: Whether the clients' training data is here; else only the server's splits are read.
+
+        Returns:
+            ``validation``, ``test`` and ``client NAME`` for each client → for example ``12:9a8b7c6d5e4f3a2b``.
+        """
+        parts: dict[str, Callable[[], Dataset[Any]]] = {
+            "validation": self.validation_dataset,
+            "test": self.test_dataset,
+        }
+        if with_clients:
+            parts |= {f"client {client}": partial(self.client_dataset, client) for client in self.client_ids}
+        with seeded():
+            stride = -(-sum(drawn_samples(dataset()) for dataset in parts.values()) // MOST_SAMPLES)
+            return {part: fingerprint(dataset(), max(1, stride)) for part, dataset in parts.items()}
+
     def client_val_dataloader(self, client_id: str) -> DataLoader[Any]:
         """Return the batches on which one client's own model is compared; by default those of the downstream task."""
         return self.val_dataloader()
@@ -184,6 +212,10 @@ class DataWrapper(FederatedDataModule):
     def client_ids(self) -> Sequence[str]:
         """The other module's clients."""
         return self.data.client_ids
+
+    def fingerprint(self, with_clients: bool = True) -> dict[str, str]:
+        """Return the digests of the other module's data: what this one makes of it follows from the configuration."""
+        return self.data.fingerprint(with_clients)
 
     @property
     def num_labels(self) -> int | None:

@@ -147,7 +147,8 @@ class FederatedLoop:
         """Prepare the general tasks on the base model, then turn it into the resident model."""
         plan, strategy = self.plan, self.algorithm.strategy
         self.progress = Progress()
-        self.identity = Identity(self.config, fingerprint(self.model))
+        here = Trait.SHARED_MEMORY in self.engine.offers
+        self.identity = Identity(self.config, fingerprint(self.model), plan.data, with_clients=here)
         prepare_tasks(self.general_tasks, self.model, plan.tokenizer, plan.seed)
         # Two samples are enough to compare outputs on, and the logits of a whole batch may be gigabytes.
         inputs = next(iter(plan.data.val_dataloader()))
@@ -175,7 +176,7 @@ class FederatedLoop:
         """Go on from a checkpoint of this run, after `setup`; what the run wrote after it is dropped.
 
         Raises:
-            ConfigError: It is of another configuration or another base model, or the run's files were changed.
+            ConfigError: It is of another configuration, base model or data, or the run's files were changed.
         """
         self.identity.check(checkpoint)
         with understood(checkpoint):

@@ -115,7 +115,7 @@ class RunView:
 
     @property
     def identity(self) -> str:
-        """A digest of the configuration and the base model, which tells this run from others."""
+        """A digest of the configuration, the base model and the data, which tells this run from others."""
         return self._loop.identity.digest
 
     # --- what can be done -------------------------------------------------------------------------------------------

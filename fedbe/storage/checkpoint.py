@@ -28,7 +28,7 @@ LAST = "last"
 BEST = "best.safetensors"
 """Name of the file with the tensors of the round that a run keeps, where it is not the last."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of what a checkpoint's state holds; one of another version is refused with words."""
 
 MAY_DIFFER = ("name", "output", "ckpt_path", "logger", "engine.init_args.workers")
@@ -41,6 +41,9 @@ ROUNDS = "federation.rounds"
 
 SUPERSEDED = ".superseded"
 """Ending of checkpoints that lie after the one that a run was continued from."""
+
+_NAMED = 5
+"""How many parts of the data are named that have changed."""
 
 _NAME = re.compile(r"round_(\d+)\.safetensors")
 
@@ -179,6 +182,34 @@ def check_same_base(checkpoint: Checkpoint, base: str) -> None:
     if checkpoint.state["base"] != base:
         remedy = "belongs to another base model: `model` has other weights now, at the same place"
         raise ConfigError(Problem("ckpt_path", str(checkpoint.path), remedy))
+
+
+def check_same_data(checkpoint: Checkpoint, data: Mapping[str, str]) -> None:
+    """Refuse a checkpoint of a run on other data (`FederatedDataModule.fingerprint`).
+
+    Raises:
+        ConfigError: It is; with each split, and the clients, whose samples differ.
+    """
+    then: Mapping[str, str] = checkpoint.state["data"]
+    changed = [part for part in {**then, **data} if then.get(part) != data.get(part)]
+    if not changed:
+        return
+    shown = [f"{part} ({_change(then.get(part), data.get(part))})" for part in changed[:_NAMED]]
+    more = [f"{len(changed) - _NAMED} more"] if len(changed) > _NAMED else []
+    all_of_it = ": all of it, as if by another tokenizer or template" if len(changed) == len(data) else ""
+    remedy = (
+        f"differs from the data that the checkpoint was written with{all_of_it}; "
+        "put the data back, or leave ckpt_path out to begin a new run"
+    )
+    raise ConfigError(Problem("data", ", ".join([*shown, *more]), remedy))
+
+
+def _change(then: str | None, now: str | None) -> str:
+    """Return what has changed between two fingerprints, in words."""
+    if then is None or now is None:
+        return "is new" if then is None else "is gone"
+    before, after = then.partition(":")[0], now.partition(":")[0]
+    return f"{after} samples, were {before}" if before != after else f"{after} samples, other values"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

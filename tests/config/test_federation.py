@@ -18,6 +18,8 @@ from fedbe.cli.main import main
 from fedbe.config.described import described
 from fedbe.config.run import RunConfig
 from fedbe.config.sections import Client, Rounds
+from fedbe.corpora import FilesCorpus
+from fedbe.datamodules import CausalLMDataModule, NaturalPartitioner
 from fedbe.engines import Forked
 from fedbe.errors import ConfigError
 from fedbe.expansion import FixedPlacement
@@ -88,6 +90,25 @@ def test_a_run_in_python_goes_on_from_its_checkpoint(tmp_path):
     assert federation(3, ckpt_path="last").fit().summary["rounds"] == 3
     with pytest.raises(ConfigError, match=r"algorithm\.init_args\.rank|trainer\.max_steps"):
         federation(4, ckpt_path="last", trainer={"max_steps": 2, "accelerator": "cpu"}).fit()
+
+
+def test_a_run_on_files_of_which_a_row_has_changed_does_not_go_on(tmp_path):
+    rows = [{"text": f"{who} says {number} words, and no more.", "who": who} for who in "abc" for number in range(9)]
+
+    def federation(rounds, **more):
+        for split in ("train", "held"):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"{split}.jsonl").write_text(text)
+        files = FilesCorpus(*(str(tmp_path / f"{split}.jsonl") for split in ("train", "held", "held")))
+        data = CausalLMDataModule(files, NaturalPartitioner("who"), sequence_length=16)
+        given = {**SHORT, "rounds": rounds, "output": tmp_path / "run", **more}
+        return fedbe.Federation(data, "fedbe:micro", BlockExpansion([1]), **given)
+
+    federation(1).fit()
+    federation(2, ckpt_path="last").fit()
+    rows[10] |= {"text": "b says something else."}
+    with pytest.raises(ConfigError, match=r"data = 'validation \(.*\), test \(.*\), client b \(.*\)'"):
+        federation(3, ckpt_path="last").fit()
 
 
 def test_every_mistake_is_named_with_the_key_of_a_configuration(tmp_path):

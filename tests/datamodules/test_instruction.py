@@ -47,6 +47,18 @@ def test_the_chat_template_scores_the_response_and_what_ends_it(corpus, make_tok
     assert scored == "Nobody.</s>"
 
 
+@pytest.mark.parametrize("changes", [{"chat": CHAT}, {"template": "Q: {prompt} A: "}, {"bos": False}])
+def test_samples_by_another_tokenizer_or_template_have_another_fingerprint(
+    corpus, make_tokenizer, llama_config, changes
+):
+    def found(chat=None, bos=True, **arguments):
+        return module(corpus, make_tokenizer(chat_template=chat, bos=bos), llama_config, **arguments).fingerprint()
+
+    before, after = found(), found(**changes)
+    assert before == found() and before.keys() == after.keys() == {"validation", "test", "client 0"}
+    assert all(before[part] != after[part] for part in before)
+
+
 def conversation(*contents: str) -> dict:
     turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, contents, strict=False)]
     return {"messages": [turns, turns]}

@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
-from toy import resumed, tiny_llama, toy_loop
+from toy import Sequences, ToyData, resumed, tiny_llama, toy_loop
 
 from fedbe.callbacks import CheckpointCallback
+from fedbe.engines import InProcess
+from fedbe.engines.remote import RemoteEngine
 from fedbe.errors import ConfigError
 from fedbe.storage.checkpoint import Checkpoints, fingerprint, load_tensors, read_checkpoint, save_tensors
 from fedbe.storage.metrics_file import MetricsFile
@@ -133,3 +135,62 @@ def test_metrics_jsonl_that_is_gone_is_said(tmp_path):
     with pytest.raises(ConfigError, match="not what the checkpoint's run had written"):
         resumed(toy_loop(tmp_path / "run", rounds=2, callbacks=[CheckpointCallback()]))
     assert json.loads((tmp_path / "elsewhere").read_text().splitlines()[0])["round"] == 0
+
+
+class Edited(ToyData):
+    """The toy's data, changed after the run began: a token of `client-1`, a row more in the validation split."""
+
+    def client_dataset(self, client_id):
+        dataset = super().client_dataset(client_id)
+        if client_id == "client-1":
+            dataset.rows[0, 0] += 1
+        return dataset
+
+    def validation_dataset(self):
+        return self.rows(0, 9, "validation")
+
+
+class Encoded(ToyData):
+    """The toy's data as another tokenizer or template encodes it."""
+
+    def rows(self, step, count, purpose):
+        return Sequences(super().rows(step, count, purpose).rows.flip(1))
+
+
+def test_data_that_has_changed_is_refused_and_the_message_says_what_differs(tmp_path):
+    run(tmp_path / "run", 1)
+    with pytest.raises(ConfigError) as caught:
+        resumed(toy_loop(tmp_path / "run", rounds=2, data=Edited(), callbacks=[CheckpointCallback()]))
+    [problem] = caught.value.problems
+    assert problem.key == "data" and "leave ckpt_path out" in problem.remedy and "all of it" not in problem.remedy
+    assert problem.value == "validation (9 samples, were 8), client client-1 (10 samples, other values)"
+
+
+def test_clients_that_come_or_go_are_named(tmp_path):
+    run(tmp_path / "run", 1)
+    with pytest.raises(ConfigError, match=r"client client-3 \(is gone\)"):
+        resumed(toy_loop(tmp_path / "run", rounds=2, data=ToyData(clients=3), callbacks=[CheckpointCallback()]))
+    with pytest.raises(ConfigError, match=r"client client-4 \(is new\).*client client-8 \(is new\), 1 more"):
+        resumed(toy_loop(tmp_path / "run", rounds=2, data=ToyData(clients=10), callbacks=[CheckpointCallback()]))
+
+
+def test_data_that_is_encoded_otherwise_is_refused_with_the_likely_cause(tmp_path):
+    run(tmp_path / "run", 1)
+    with pytest.raises(ConfigError, match="another tokenizer or template"):
+        resumed(toy_loop(tmp_path / "run", rounds=2, data=Encoded(), callbacks=[CheckpointCallback()]))
+
+
+class Splits(ToyData):
+    """The data of a server whose clients' rows are on machines of their own."""
+
+    def client_dataset(self, client_id):
+        raise AssertionError(f"the data of {client_id} is not here")
+
+
+def test_the_server_of_remote_clients_looks_at_its_own_splits_only(tmp_path):
+    class Elsewhere(InProcess):
+        offers = RemoteEngine.offers
+
+    loop = toy_loop(tmp_path / "run", engine=Elsewhere(), data=Splits())
+    loop.setup()
+    assert list(loop.identity.data) == ["validation", "test"]
