@@ -1,8 +1,6 @@
 """Adapters in a model: which layers get one, how it is put in, scaled, merged and saved; all of it with `peft`."""
 
 import copy
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from fedbe.expansion import ExportReport
 from fedbe.modeling.architecture import find_blocks
 from fedbe.modeling.verification import difference, observe
 from fedbe.seeding import isolated_rng
+from fedbe.storage.files import new_folder
 
 ADAPTER = "default"
 KEY = "algorithm.init_args"
@@ -149,7 +148,7 @@ def save_merged(
     Raises:
         ConfigError: If the directory holds something.
     """
-    with _Folder(directory) as partial:
+    with new_folder(directory) as partial:
         merged_copy(model).save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -171,33 +170,13 @@ def save_adapter(
     config.target_modules = [name for name, _ in lora_layers(model)]
     names = [name for name, _ in model.named_parameters() if f".{ADAPTER}." in name]
     tensors = {name: model.get_parameter(name).detach().contiguous().cpu() for name in (*names, *head)}
-    with _Folder(directory) as partial:
+    with new_folder(directory) as partial:
         files = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in tensors.items()}
         save_file(files, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(partial))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return ExportReport(False, "a peft adapter: PeftModel.from_pretrained puts it on the base model.", directory)
-
-
-class _Folder:
-    """Writes a folder whole or not at all."""
-
-    def __init__(self, directory: Path) -> None:
-        self.target = directory.absolute()
-        self.partial = self.target.with_name(f".{self.target.name}.partial")
-
-    def __enter__(self) -> Path:
-        if self.target.is_file() or (self.target.is_dir() and any(self.target.iterdir())):
-            remedy = "it holds something already: give a new or empty folder"
-            raise ConfigError(Problem("directory", str(self.target), remedy))
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        return self.partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.partial, self.target)
 
 
 def received_rank(adapters: Sequence[Adapter], received: Mapping[str, Tensor]) -> int | None:

@@ -1,7 +1,6 @@
 """Saving an expanded model, as a plain checkpoint where its architecture can express it, and loading it."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from fedbe.expansion.identity import dialled, target_parameters
 from fedbe.expansion.names import block_parameter_names
 from fedbe.expansion.token_gate import TokenGate
 from fedbe.modeling.architecture import expressed_by_config, find_blocks
+from fedbe.storage.files import new_folder
 
 DESCRIPTION_FILE = "fedbe.json"
 BLOCKS_FILE = "expanded_blocks.safetensors"
@@ -79,29 +79,25 @@ def save_model(
         ExpansionError: If ``dial`` is out of range or the model was not expanded like this.
     """
     check_dial(dial)
-    target = _empty_target(directory)
-    state = _dialled_blocks(model, expansion, dial)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with unregistered(model) as gate:
-        obstacle = _obstacle(model, expansion)
-        if obstacle is None:
-            model.save_pretrained(partial, state_dict={**model.state_dict(), **state})
-            reason = f"{_auto_class(model)}.from_pretrained loads the whole model."
-        else:
-            with without_blocks(model, expansion):
-                model.save_pretrained(partial)
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / BLOCKS_FILE)
-            reason = f"{obstacle}; from_pretrained gives the base model, fedbe.load the expanded one."
-    if gate is not None:
-        save_file(gate.state_dict(), partial / GATE_FILE)
-        reason += " Only fedbe.load puts in the gate: without it the blocks are open to all tokens (g = 1)."
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    _describe(partial, model, expansion, dial, obstacle, gate)
-    os.replace(partial, target)
-    return ExportReport(obstacle is None, reason, target)
+    with new_folder(Path(directory)) as partial:
+        state = _dialled_blocks(model, expansion, dial)
+        with unregistered(model) as gate:
+            obstacle = _obstacle(model, expansion)
+            if obstacle is None:
+                model.save_pretrained(partial, state_dict={**model.state_dict(), **state})
+                reason = f"{_auto_class(model)}.from_pretrained loads the whole model."
+            else:
+                with without_blocks(model, expansion):
+                    model.save_pretrained(partial)
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / BLOCKS_FILE)
+                reason = f"{obstacle}; from_pretrained gives the base model, fedbe.load the expanded one."
+        if gate is not None:
+            save_file(gate.state_dict(), partial / GATE_FILE)
+            reason += " Only fedbe.load puts in the gate: without it the blocks are open to all tokens (g = 1)."
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _describe(partial, model, expansion, dial, obstacle, gate)
+    return ExportReport(obstacle is None, reason, Path(directory).absolute())
 
 
 def save_plain(
@@ -117,14 +113,12 @@ def save_plain(
     Raises:
         ConfigError: If the directory holds something.
     """
-    target = _empty_target(directory)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    os.replace(partial, target)
-    return ExportReport(True, f"{_auto_class(model)}.from_pretrained loads the whole model.", target)
+    with new_folder(Path(directory)) as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    reason = f"{_auto_class(model)}.from_pretrained loads the whole model."
+    return ExportReport(True, reason, Path(directory).absolute())
 
 
 def load(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -257,11 +251,3 @@ def _description(directory: Path) -> dict[str, object]:
         remedy = f"give a folder with a readable {DESCRIPTION_FILE}, for example the model/ of a run"
         raise ConfigError(Problem("directory", str(directory), remedy)) from error
     return description
-
-
-def _empty_target(directory: str | Path) -> Path:
-    target = Path(directory).absolute()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        remedy = "it holds something already: give a new or empty folder"
-        raise ConfigError(Problem("directory", str(directory), remedy))
-    return target

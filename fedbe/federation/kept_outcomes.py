@@ -15,7 +15,10 @@ from fedbe.errors import MessageError
 from fedbe.messages import Failure, FitTask, Outcome, Update, decode, encode
 from fedbe.seeding import derive_seed
 from fedbe.storage.checkpoint import load_tensors, raw, save_tensors
+from fedbe.storage.files import explained
 from fedbe.storage.packed import pack, unpack
+
+_CONTINUE = "the checkpoints and what other clients sent are intact: make room, then continue with --ckpt_path last"
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,15 @@ class KeptOutcomes:
             kept: What it kept to itself (`Engine.kept`).
 
         Raises:
-            OSError: It cannot be written; nothing is left of it then.
+            StorageError: The disk is full; nothing is left of it, and those before it are intact.
         """
         try:
             parts = {"outcome": _as_tensor(encode(outcome)), "kept": _as_tensor(pack({}, kept))}
         except MessageError:
             return
-        self.folder.mkdir(exist_ok=True)
-        save_tensors(self._path(task), parts, {"task": self._key(task)})
+        with explained(f"what client {task.client_id!r} sent", _CONTINUE):
+            self.folder.mkdir(exist_ok=True)
+            save_tensors(self._path(task), parts, {"task": self._key(task)})
 
     def load(self, task: FitTask) -> tuple[Outcome, dict[str, Tensor]] | None:
         """Return what came of a client, and what it kept; ``None`` if it is not known, or the file is torn."""

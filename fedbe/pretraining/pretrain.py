@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -24,6 +22,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine_s
 from fedbe.corpora import SPLITS, Corpus, Described, InstalledDocumentation
 from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.seeding import derive_seed, generator, isolated_rng
+from fedbe.storage.files import replacing, replacing_folder
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 CHECKPOINT, METRICS, SETTINGS, LATEST, FINISHED = "last.ckpt", "metrics.jsonl", "settings.json", "latest", "model"
@@ -333,23 +332,17 @@ class Exports(Callback):
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
         export(pl_module.model, self.tokenizer, self.folder / LATEST)
-        trainer.save_checkpoint(self.folder / f"{CHECKPOINT}.new")
-        os.replace(self.folder / f"{CHECKPOINT}.new", self.folder / CHECKPOINT)
+        with replacing(self.folder / CHECKPOINT) as partial:
+            trainer.save_checkpoint(partial)
 
 
 def export(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str | None = None) -> None:
-    """Write model, tokenizer and model card beside ``folder``, then put them in its place by renaming."""
-    fresh, stale = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
-    for leftover in (fresh, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    if card is not None:
-        (fresh / "README.md").write_text(card)
-    if folder.exists():
-        os.replace(folder, stale)
-    os.replace(fresh, folder)
-    shutil.rmtree(stale, ignore_errors=True)
+    """Write model, tokenizer and model card in place of ``folder``, whole or not at all."""
+    with replacing_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 _CARD = """# {name}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fedbe.errors import StorageError
+from fedbe.errors import ConfigError, Problem, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -37,11 +37,12 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Give the path of a new folder, which takes the place of `path` if the block ends well; else the old one stays.
 
-    What stands at `path`, an empty folder or an earlier result, is deleted only then.
+    What stands at `path`, an empty folder or an earlier result, is moved aside and deleted only then.
     """
     target = path.absolute()
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, stale = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.stale")
+    for leftover in (partial, stale):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -50,8 +51,23 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise
     if target.is_symlink():
         target.unlink()
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        os.replace(target, stale)
     os.replace(partial, target)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give the path of a folder to fill, which becomes `path` if the block ends well; else nothing is left of it.
+
+    Raises:
+        ConfigError: A file or a folder that holds something stands at `path`.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(Problem("directory", str(path), "it holds something already: give a new or empty folder"))
+    with replacing_folder(path) as partial:
+        yield partial
 
 
 @contextmanager

@@ -1,12 +1,19 @@
 """What clients of a round have sent lies on disk until the round is done, whole or not at all."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
+from full_disk import no_room
+from toy import toy_loop
 
+from fedbe.callbacks import CheckpointCallback
+from fedbe.errors import StorageError
+from fedbe.federation.callback import FederatedCallback
 from fedbe.federation.kept_outcomes import KeptOutcomes
 from fedbe.messages import Failure, FitTask, Update
+from fedbe.storage.checkpoint import Checkpoints, read_checkpoint
 
 TASK = FitTask("a/b", 0, 3, {}, ("w",))
 UPDATE = Update(
@@ -85,3 +92,47 @@ def test_all_are_forgotten_when_the_round_is_done(store):
     store.save(TASK, UPDATE, KEPT)
     store.clear()
     assert store.load(TASK) is None and not store.folder.exists()
+
+
+def test_an_outcome_for_which_there_is_no_room_leaves_nothing_and_the_ones_before_it(store):
+    store.save(TASK, UPDATE, KEPT)
+    files = list(store.folder.iterdir())
+    with no_room(), pytest.raises(StorageError, match=r"what client 'b' sent cannot be written, .*--ckpt_path last"):
+        store.save(replace(TASK, client_id="b"), UPDATE, KEPT)
+    assert list(store.folder.iterdir()) == files and store.load(TASK) is not None
+    with no_room(), pytest.raises(StorageError):
+        store.save(TASK, UPDATE, KEPT)
+    assert store.load(TASK) is not None
+
+
+class FullAt(FederatedCallback):
+    """A disk that is full from a client's end on, or from the end of the last round on."""
+
+    def __init__(self, stack, client=None):
+        self.stack, self.client = stack, client
+
+    def on_client_start(self, run, task):
+        if run.record.round == 2 and task.client_id == self.client:
+            self.stack.enter_context(no_room())
+
+    def on_run_end(self, run):
+        if self.client is None:
+            self.stack.enter_context(no_room())
+
+
+@pytest.mark.parametrize("client", ["client-2", None])
+def test_a_run_that_met_a_full_disk_goes_on_to_the_same_result_when_there_is_room(tmp_path, client):
+    def make(name, *more):
+        return toy_loop(tmp_path / name, rounds=2, callbacks=[CheckpointCallback(each_client=True), *more])
+
+    whole = make("whole")
+    whole.run()
+    what = f"what client '{client}' sent" if client else "the model|summary"
+    with ExitStack() as full, pytest.raises(StorageError, match=rf"({what}).* cannot be written.*--ckpt_path last"):
+        make("run", FullAt(full, client)).run()
+    folder = tmp_path / "run"
+    assert not list(folder.rglob("*partial*")) and not (folder / "summary.json").exists()
+    rest = make("run")
+    rest.run(read_checkpoint(next(Checkpoints(folder / "checkpoints").newest_first())))
+    assert all(torch.equal(tensor, rest.server.state[name]) for name, tensor in whole.server.state.items())
+    assert (folder / "summary.json").exists() and not (folder / "checkpoints" / "round").exists()

@@ -17,7 +17,7 @@ from fedbe.callbacks import CheckpointCallback
 from fedbe.errors import ConfigError, FedBEError
 from fedbe.federation.callback import FederatedCallback
 from fedbe.federation.interrupts import stopping_on_interrupt
-from fedbe.storage.checkpoint import Checkpoints, load_tensors, read_checkpoint, save_tensors
+from fedbe.storage.checkpoint import FORMAT, Checkpoints, load_tensors, read_checkpoint, save_tensors
 from fedbe.storage.files import replacing
 from fedbe.storage.metrics_file import MetricsFile
 
@@ -92,7 +92,8 @@ def test_a_file_system_that_is_full_indeed_is_told_as_that(tmp_path):
     program = (
         "import resource, signal, torch, pathlib; from fedbe.storage.checkpoint import Checkpoints\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"c = Checkpoints(pathlib.Path({str(tmp_path)!r})); c.save(1, {{'a': torch.zeros(10)}}, {{'format': 2}})\n"
+        f"c = Checkpoints(pathlib.Path({str(tmp_path)!r})); "
+        f"c.save(1, {{'a': torch.zeros(10)}}, {{'format': {FORMAT}}})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "c.save(2, {'a': torch.zeros(100_000)}, {})"
     )

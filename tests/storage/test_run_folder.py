@@ -1,11 +1,13 @@
 """A run's folder belongs to one process at a time."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+from full_disk import no_room
 
-from fedbe.errors import ConfigError
+from fedbe.errors import ConfigError, StorageError
 from fedbe.storage.run_folder import RunFolder
 
 HOLD = """
@@ -44,3 +46,14 @@ def test_a_folder_that_was_only_held_is_still_empty_for_a_new_run(tmp_path):
     with other.in_use():
         pass
     assert RunFolder.problem(other.path) is None
+
+
+def test_a_summary_for_which_there_is_no_room_leaves_the_one_before_and_says_how_to_go_on(tmp_path):
+    folder = RunFolder(tmp_path)
+    with no_room(), pytest.raises(StorageError, match=r"summary\.json cannot be written, .*--ckpt_path last"):
+        folder.write_summary({"rounds": 1})
+    assert list(tmp_path.iterdir()) == []
+    folder.write_summary({"rounds": 1})
+    with no_room(), pytest.raises(StorageError):
+        folder.write_summary({"rounds": 2})
+    assert json.loads(folder.summary.read_text()) == {"rounds": 1} and list(tmp_path.iterdir()) == [folder.summary]
