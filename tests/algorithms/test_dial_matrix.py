@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_tools import METHODS, build, distance, effective
@@ -13,7 +14,6 @@ from fedbe.algorithms import BlockExpansion, Centralized, FedAvg, FedIT, FedSALo
 from fedbe.expansion import scale_blocks
 from fedbe.modeling.tensors import copy_tensors, load_tensors
 from fedbe.traits import Trait
-from tests.expansion.families import FAMILIES
 
 DIAL = {Trait.GLOBAL_MODEL, Trait.AGGREGATION}
 IDS = torch.arange(12)[None]

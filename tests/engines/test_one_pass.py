@@ -1,16 +1,11 @@
 """Several clients in one pass of the model come to what each comes to by itself."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from families import FAMILIES, VOCABULARY, batch, perturb, tiny
 from torch.func import functional_call
 from torch.nn import Dropout
 from toy import tiny_llama
-
-sys.path.append(str(Path(__file__).parent.parent / "expansion"))
-from families import FAMILIES, VOCABULARY, batch, perturb, tiny
 
 from fedbe.engines.one_pass.forward import OnePass, OnePassError, concatenated
 from fedbe.engines.one_pass.trial import quickest, verify_one_pass

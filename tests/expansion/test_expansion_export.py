@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from families import FAMILIES, GATED, logits, perturb, tiny
 from transformers import PreTrainedModel
 
 from fedbe.errors import ConfigError, ExpansionError
 from fedbe.expansion import Expansion, expand_blocks, head_parameter_names, load, read_expansion, rescale, save_model
-from tests.expansion.families import FAMILIES, GATED, logits, perturb, tiny
 
 
 def learned(family: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Expansion, torch.Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers as hf
+from families import FAMILIES, batch, logits, loss, perturb, tiny
 from transformers import PreTrainedModel
 
 from fedbe.errors import ExpansionError
@@ -20,7 +21,6 @@ from fedbe.expansion import (
     set_training_modes,
 )
 from fedbe.seeding import isolated_rng
-from tests.expansion.families import FAMILIES, batch, logits, loss, perturb, tiny
 
 DROPPING = ["llama", "phi3", "stablelm", "gpt2", "gpt_neox", "falcon", "bloom", "opt", "bert", "distilbert", "vit"]
 

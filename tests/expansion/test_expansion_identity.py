@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from families import FAMILIES, GATED, GENERATIVE, logits, loss, perturb, tiny
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,7 +18,6 @@ from fedbe.expansion import (
     without_blocks,
 )
 from fedbe.expansion.identity import apply_residual_gate, target_parameters
-from tests.expansion.families import FAMILIES, GATED, GENERATIVE, logits, loss, perturb, tiny
 
 POSITIONS = [0, 2, 2]
 KINDS = {

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from families import FAMILIES, logits, perturb, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from fedbe.errors import ExpansionError
 from fedbe.expansion import Expansion, IdentityRule, expand_blocks, resolve_positions, scale_blocks
 from fedbe.modeling.architecture import expressed_by_config, find_blocks
 from fedbe.modeling.verification import observe, probe_inputs
-from tests.expansion.families import FAMILIES, logits, perturb, tiny
 
 RULE = IdentityRule("zero-writers", ("self_attn.o_proj", "mlp.down_proj"))
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from families import FAMILIES, GENERATIVE, PAD, VOCABULARY, batch, logits, perturb, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -40,7 +41,6 @@ from fedbe.expansion import (
 )
 from fedbe.expansion.running_mean import mean_so_far
 from fedbe.seeding import generator
-from tests.expansion.families import FAMILIES, GENERATIVE, PAD, VOCABULARY, batch, logits, perturb, tiny
 
 CACHING = ("llama", "mistral", "gemma2", "gpt2", "bloom", "falcon", "opt_post_norm", "mixtral")
 POSITIONS = [0, 2, 2]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from families import FAMILIES, GATED, logits, perturb, tiny
 from transformers import PreTrainedModel
 
 from fedbe.errors import ExpansionError, Facts
 from fedbe.expansion import Expansion, block_parameter_names, expand_blocks, load, remove_blocks, save_model
 from fedbe.expansion.growth import Plateau, grow
-from tests.expansion.families import FAMILIES, GATED, logits, perturb, tiny
 
 SOME = ["llama_tied", "qwen3", "gemma2", "smollm3", "gpt2", "gpt_neo", "mixtral", "bert", "vit"]
 GENERATING = ["llama_tied", "qwen3", "gemma2", "gpt_neo", "opt_post_norm"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, batch, logits, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +23,6 @@ from fedbe.expansion.probe import (
 )
 from fedbe.messages import decode, encode
 from fedbe.seeding import generator
-from tests.expansion.families import FAMILIES, batch, logits, tiny
 
 KINDS = ["llama", "gpt2", "olmo2", "bert"]
 

@@ -1,18 +1,15 @@
 """What is known of a family is said in one place, by a user as by us."""
 
 import re
-import sys
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from families import perturb
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, RobertaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-sys.path.append(str(Path(__file__).parent.parent / "expansion"))
-from families import perturb
 
 from fedbe.errors import ExpansionError
 from fedbe.expansion import block_parameter_names, expand_blocks, freeze, grow, probe_client, remove_blocks

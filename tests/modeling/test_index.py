@@ -1,12 +1,7 @@
 """The index of a model does what walking over the model does, for any order of clients."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "expansion"))
 from families import FAMILIES, tiny
 
 from fedbe.errors import ExpansionError

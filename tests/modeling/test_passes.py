@@ -2,18 +2,14 @@
 
 import copy
 import inspect
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import permutations
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.append(str(Path(__file__).parent.parent / "expansion"))
 from families import batch, perturb, tiny
+from torch import nn
 
 from fedbe.engines.one_pass.forward import OnePass, OnePassError
 from fedbe.errors import ExpansionError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_cli import config, run  # noqa: F401
+from command import run, small_config
 from toy import resumed, tiny_llama, toy_loop
 
 import fedbe.storage.checkpoint
@@ -20,6 +20,11 @@ from fedbe.federation.interrupts import stopping_on_interrupt
 from fedbe.storage.checkpoint import FORMAT, Checkpoints, load_tensors, read_checkpoint, save_tensors
 from fedbe.storage.files import replacing
 from fedbe.storage.metrics_file import MetricsFile
+
+
+@pytest.fixture
+def config(tmp_path):
+    return small_config(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -224,7 +229,7 @@ def test_outside_of_the_main_thread_signals_are_left_alone(tmp_path):
     assert done
 
 
-def test_the_command_continues_the_last_run_and_refuses_another_configuration(config, tmp_path, capsys):  # noqa: F811
+def test_the_command_continues_the_last_run_and_refuses_another_configuration(config, tmp_path, capsys):
     assert run(config, tmp_path) == 0
     folder = tmp_path / "run"
     first = json.loads((folder / "summary.json").read_text())
@@ -252,7 +257,7 @@ def test_the_command_continues_the_last_run_and_refuses_another_configuration(co
     assert "No such file" in capsys.readouterr().err
 
 
-def test_last_begins_where_there_is_no_checkpoint_yet(config, tmp_path):  # noqa: F811
+def test_last_begins_where_there_is_no_checkpoint_yet(config, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text("name: x")
@@ -261,7 +266,7 @@ def test_last_begins_where_there_is_no_checkpoint_yet(config, tmp_path):  # noqa
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_last_does_not_write_into_a_folder_of_something_else(config, tmp_path, capsys):  # noqa: F811
+def test_last_does_not_write_into_a_folder_of_something_else(config, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("x")
     assert run(config, tmp_path, "--ckpt_path=last") == 2

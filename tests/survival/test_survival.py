@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from survivor import ROUNDS
+
+from survival.survivor import ROUNDS
 
 MEASURED = {
     "wall_seconds",
@@ -17,7 +18,7 @@ MEASURED = {
     "versions",
     "convergence",
 }
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 def what_is_left(folder: Path) -> dict[str, object]:
@@ -37,8 +38,8 @@ def what_is_left(folder: Path) -> dict[str, object]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("each_client", [False, True])
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(tmp_path, each_client):
-    command = [sys.executable, str(TESTS / "survivor.py"), str(tmp_path / "killed"), str(each_client)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TESTS)})
+    command = [sys.executable, str(HERE / "survivor.py"), str(tmp_path / "killed"), str(each_client)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE.parent)})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 20
     killed, undisturbed = what_is_left(tmp_path / "killed"), what_is_left(tmp_path / "undisturbed")

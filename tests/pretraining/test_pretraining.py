@@ -225,7 +225,7 @@ def test_a_run_is_not_continued_with_other_settings(finished):
 def test_the_shipped_config_is_what_the_command_runs(monkeypatch):
     configs = []
     monkeypatch.setattr("fedbe.pretraining.pretrain.pretrain", configs.append)
-    path = Path(__file__).parents[1] / "configs" / "pretrain_micro.yaml"
+    path = Path(__file__).parents[2] / "configs" / "pretrain_micro.yaml"
     assert main(["pretrain", "--config", str(path)]) == 0
     assert configs[0].settings == PretrainConfig(output="").settings
 

@@ -1,15 +1,11 @@
 import resource
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from toy import resumed, toy_loop
-
-sys.path.append(str(Path(__file__).parent / "expansion"))
 from families import FAMILIES, PAD, VOCABULARY, batch, tiny
+from toy import resumed, toy_loop
 
 from fedbe.algorithms import BlockExpansion, FedAvg, FedIT, Gated
 from fedbe.callbacks import CheckpointCallback

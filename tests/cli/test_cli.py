@@ -5,53 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command import run, small_config, write
 from transformers import AutoModelForCausalLM
 
 from fedbe.assets import micro_path
 from fedbe.cli.main import main
 from fedbe.config.parser import read_run, run_parser
 
-TEXT = "The number {} comes before the number {}, as everyone who has learned to count will tell you. "
-
 
 @pytest.fixture
 def config(tmp_path):
-    rows = [{"text": TEXT.format(i, i + 1) * 4, "speaker": f"s{i % 3}"} for i in range(60)]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    corpus = {"class_path": "fedbe.corpora.FilesCorpus", "init_args": {"train": str(data)}}
-    partitioner = {"class_path": "fedbe.datamodules.NaturalPartitioner", "init_args": {"column": "speaker"}}
-    return {
-        "output": str(tmp_path / "run"),
-        "algorithm": {"class_path": "fedbe.algorithms.BlockExpansion", "init_args": {"positions": [5]}},
-        "data": {
-            "class_path": "fedbe.datamodules.CausalLMDataModule",
-            "init_args": {
-                "corpus": corpus, "partitioner": partitioner, "sequence_length": 32, "batch_size": 2,
-                "max_validation_sequences": 4, "max_test_sequences": 4,
-            },
-        },
-        "client": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}}},
-        "federation": {"rounds": 2, "cohort": 2},
-        "trainer": {"max_steps": 2, "accelerator": "cpu"},
-        "general_tasks": [
-            {
-                "class_path": "fedbe.evaluation.NextTokenTask",
-                "init_args": {"corpus": corpus, "sequence_length": 32, "max_sequences": 4},
-            }
-        ],
-        "logger": "none",
-    }  # fmt: skip
-
-
-def write(config, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return [f"--config={path}"]
-
-
-def run(config, tmp_path, *arguments, command="fit"):
-    return main([command, *write(config, tmp_path), *arguments])
+    return small_config(tmp_path)
 
 
 def test_a_run_leaves_what_the_documentation_lists(config, tmp_path, capsys):
@@ -313,7 +277,7 @@ def test_without_a_command_the_commands_are_listed(capsys):
 
 
 def test_a_user_s_own_data_module_is_plugged_in_by_class_path(tmp_path, monkeypatch):
-    example = Path(__file__).parent / "datamodules" / "custom_example.py"
+    example = Path(__file__).parents[1] / "datamodules" / "custom_example.py"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [place for place in sys.path if place not in ("", str(tmp_path))])
     (tmp_path / "sums.py").write_text(example.read_text())
