@@ -108,7 +108,7 @@ def test_every_broken_file_is_reported_with_its_split(tmp_path):
     assert "`speaker`" in problems[0].remedy and "content" in problems[0].remedy
 
 
-@pytest.mark.parametrize(("train", "key"), [([], "c.format"), ("a.docx", "c.format"), ("noending", "c.format")])
+@pytest.mark.parametrize(("train", "key"), [([], "c.train"), ("a.docx", "c.format"), ("noending", "c.format")])
 def test_a_file_of_unknown_format_is_reported(train, key):
     assert [p.key for p in FilesCorpus(train).check("c", Facts())] == [key]
 
