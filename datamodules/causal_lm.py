@@ -12,7 +12,6 @@ from fedbe.data import Batch, pad_samples, pad_token_id
 from fedbe.datamodules.corpus import (
     CorpusDataModule,
     length_problem,
-    string_problems,
     tokenizer_problems,
     vocabulary_problems,
 )
@@ -21,6 +20,7 @@ from fedbe.datamodules.partition import Partitioner, raise_problems
 from fedbe.datamodules.separation import family_separates_documents
 from fedbe.datamodules.tokens import TokenSamples, pack_documents, tokenise_documents
 from fedbe.errors import Problem
+from fedbe.text.ragged import Ragged
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 class CausalLMDataModule(CorpusDataModule):
     """Text for next-token prediction: long documents are cut, short ones packed to ``sequence_length`` tokens.
 
-    Each document has the begin token before it, or the end token after it where the tokenizer has no begin token.
+    Each document has the begin token before it and, as `end_token` says, the end token after it, unless its text has
+    them already. Documents without text are left out and counted in `left_out`.
     Documents in one sample are kept apart: the loss never predicts a document's first token from the one before,
     and, in the model families of `fedbe.datamodules.family_separates_documents`, positions restart at each document
     and no attention crosses; the model must then be called with ``use_cache=False``. Batches hold ``input_ids`` and
@@ -46,6 +47,9 @@ class CausalLMDataModule(CorpusDataModule):
         separate_documents: ``False`` joins the documents to one stream that is cut every ``sequence_length`` tokens,
             with attention and loss across documents.
         pack: ``False`` gives each document, or each piece of a long one, a sample of its own.
+        end_token: Put the end token after each document, so that it is learned where to stop. By default it is put
+            there with ``pack: false``, where a document is a sample, and where the tokenizer has no begin token that
+            would tell packed documents apart.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class CausalLMDataModule(CorpusDataModule):
         text_column: str = "text",
         separate_documents: bool = True,
         pack: bool = True,
+        end_token: bool | None = None,
     ) -> None:
         super().__init__(corpus, partitioner, batch_size, eval_batch_size)
         self.sequence_length = sequence_length
@@ -67,6 +72,8 @@ class CausalLMDataModule(CorpusDataModule):
         self.text_column = text_column
         self.separate_documents = separate_documents
         self.pack = pack
+        self.end_token = not pack if end_token is None else end_token
+        self._end_wanted = bool(end_token)
 
     def setup(self, stage: str | None = None) -> None:
         """Load, divide, tokenise and pack; a second call does nothing."""
@@ -97,15 +104,20 @@ class CausalLMDataModule(CorpusDataModule):
         return [*length_problem(f"{key}.sequence_length", self.sequence_length, 2), *caps]
 
     def _model_problems(self, key: str) -> list[Problem]:
-        return tokenizer_problems(f"{key}.sequence_length", self.sequence_length, self.tokenizer, self.model_config)
+        problems = tokenizer_problems(f"{key}.sequence_length", self.sequence_length, self.tokenizer, self.model_config)
+        if self._end_wanted and self.tokenizer is not None and self.tokenizer.eos_token_id is None:
+            problems.append(Problem(f"{key}.end_token", True, "the model's tokenizer has no end token; leave it out."))
+        return problems
 
-    def _row_problems(self, key: str) -> list[Problem]:
-        return string_problems(key, self._columns(), self._split("train"))
+    def _text_columns(self) -> Mapping[str, str]:
+        return self._columns()
 
     def _encode(self, rows: Dataset, split: str) -> TokenSamples:
         if self.tokenizer is None:
             raise RuntimeError("`setup` needs a tokenizer; call `connect` first.")
-        documents = tokenise_documents(self.tokenizer, rows[self.text_column])
+        all_documents = Ragged.of(tokenise_documents(self.tokenizer, rows[self.text_column], self.end_token))
+        self._leave_out("have no text", all_documents.empty)
+        documents = all_documents.without_empty()
         raise_problems(vocabulary_problems(documents.tokens, self.model_config))
         if self.pack and self.separate_documents:
             samples = pack_documents(documents, self.sequence_length, self.restarts_positions)

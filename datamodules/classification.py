@@ -12,7 +12,6 @@ from fedbe.data import Batch, pad_samples, pad_token_id
 from fedbe.datamodules.corpus import (
     CorpusDataModule,
     length_problem,
-    string_problems,
     tokenizer_problems,
     vocabulary_problems,
 )
@@ -99,7 +98,8 @@ class LabelledDataModule(CorpusDataModule):
 class SequenceClassificationDataModule(LabelledDataModule):
     """Texts and their classes.
 
-    Texts have the tokenizer's special tokens and are cut at the right to ``max_length`` tokens. Batches hold
+    Texts have the tokenizer's special tokens and are cut at the right to ``max_length`` tokens; those without any
+    token, special ones included, are left out and counted in `left_out`. Batches hold
     ``input_ids`` and ``attention_mask``, ``[samples, tokens]``, and ``labels``, ``[samples]``.
 
     Args:
@@ -135,15 +135,14 @@ class SequenceClassificationDataModule(LabelledDataModule):
     def _columns(self) -> Mapping[str, str]:
         return {"text_column": self.text_column, "label_column": self.label_column}
 
+    def _text_columns(self) -> Mapping[str, str]:
+        return {"text_column": self.text_column}
+
     def _argument_problems(self, key: str) -> list[Problem]:
         return length_problem(f"{key}.max_length", self.max_length, 1)
 
     def _model_problems(self, key: str) -> list[Problem]:
         return tokenizer_problems(f"{key}.max_length", self.max_length, self.tokenizer, self.model_config)
-
-    def _row_problems(self, key: str) -> list[Problem]:
-        texts = string_problems(key, {"text_column": self.text_column}, self._split("train"))
-        return [*texts, *super()._row_problems(key)]
 
     def _encode(self, rows: Dataset, split: str) -> LabelledTokens:
         if self.tokenizer is None:
@@ -151,5 +150,7 @@ class SequenceClassificationDataModule(LabelledDataModule):
         texts = [text or "" for text in rows[self.text_column]]
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
         sequences = Ragged.of(encoded["input_ids"])
+        self._leave_out("have no token", sequences.empty)
         raise_problems(vocabulary_problems(sequences.tokens, self.model_config))
-        return LabelledTokens(sequences, torch.tensor(self.label_set.classes(rows), dtype=torch.int64))
+        targets = torch.tensor(self.label_set.classes(rows), dtype=torch.int64)
+        return LabelledTokens(sequences.without_empty(), targets[sequences.offsets.diff() > 0])

@@ -1,8 +1,9 @@
 """What the ready data modules share: a corpus in three splits whose training split is divided among clients."""
 
+import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +14,21 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fedbe.corpora import SPLITS, Corpus
-from fedbe.data import FederatedDataModule
+from fedbe.corpora.columns import as_strings
+from fedbe.data import FederatedDataModule, LeftOut, left_out_lines
 from fedbe.datamodules.flower import FlowerPartitioner, as_partitioner
 from fedbe.datamodules.partition import Partitioner, column_problems, partition_problems, raise_problems
 from fedbe.errors import ConfigError, Facts, Problem, under
 from fedbe.text.tokens import token_limit
 
+_log = logging.getLogger(__name__)
+
 
 class CorpusDataModule(FederatedDataModule):
     """Base class of data modules over a corpus: loads it, checks it, divides it, keeps each client's samples encoded.
 
-    A subclass says which columns it reads and how it encodes rows.
+    A subclass says which columns it reads and how it encodes rows, and by `_leave_out` which rows it does not use:
+    they are counted, told once in `setup`, and kept in `left_out`.
 
     Args:
         corpus: Source of the three splits.
@@ -47,6 +52,8 @@ class CorpusDataModule(FederatedDataModule):
         self._clients: dict[str, TorchDataset[Any]] = {}
         self._rows: dict[str, int] = {}
         self._labels: dict[str, Counter[str]] = {}
+        self._left_out: list[LeftOut] = []
+        self._at: tuple[str, str | None, Sequence[int]] = ("train", None, ())
 
     @abstractmethod
     def _columns(self) -> Mapping[str, str]:
@@ -55,6 +62,10 @@ class CorpusDataModule(FederatedDataModule):
     @abstractmethod
     def _encode(self, rows: Dataset, split: str) -> TorchDataset[Any]:
         """Return the samples of some rows of a split, of known length."""
+
+    def _text_columns(self) -> Mapping[str, str]:
+        """Return the columns that are read as text, by the name of their argument; numbers become strings."""
+        return {}
 
     def _argument_problems(self, key: str) -> list[Problem]:
         """Return the mistakes in the subclass's own arguments; ``key`` is the start of their keys."""
@@ -90,6 +101,11 @@ class CorpusDataModule(FederatedDataModule):
         """Return the test split."""
         return self._encoded["test"]
 
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """Rows that belong to nobody or make no sample, and why."""
+        return tuple(self._left_out)
+
     def client_rows(self, client_id: str) -> int:
         """Return how many rows of the training split a client holds."""
         return self._rows[client_id]
@@ -121,7 +137,7 @@ class CorpusDataModule(FederatedDataModule):
             *self._model_problems(key),
         ]
         found = self.corpus.check(f"{key}.corpus.init_args", facts) or self._load(f"{key}.corpus")
-        found = found or self._column_problems(key)
+        found = found or self._column_problems(key) or self._text_problems(key)
         if not found:
             facts = replace(facts, dataset=self._loaded["train"])
             found += self.partitioner.check(f"{key}.partitioner.init_args", facts)
@@ -142,14 +158,35 @@ class CorpusDataModule(FederatedDataModule):
             partition = self.partitioner.partition(train, self.seed)
             raise_problems(partition_problems("partitioner", partition, len(train)))
         held = {client: train.select(rows) for client, rows in partition.items()}
-        clients = {client: self._encode(rows, "train") for client, rows in held.items()}
-        self._encoded = {split: self._encode(self._loaded[split], split) for split in SPLITS if split != "train"}
+        nobodys = self.partitioner.unassigned(train, partition)
+        self._left_out = [LeftOut("train", reason, tuple(rows)) for reason, rows in nobodys.items()]
+        clients = {client: self._samples(rows, "train", client, partition[client]) for client, rows in held.items()}
+        others = {split: self._loaded[split] for split in SPLITS if split != "train"}
+        self._encoded = {split: self._samples(rows, split, None, range(len(rows))) for split, rows in others.items()}
         raise_problems(self._emptiness(clients))
+        for line in left_out_lines(self._left_out):
+            _log.warning(line)
         self._rows = {client: len(rows) for client, rows in partition.items()}
         if self.label_column is not None:
             self._labels = {client: _histogram(rows, self.label_column) for client, rows in held.items()}
         self._clients = clients
         self._loaded = {}  # encoded by now; an encoding that reads rows late holds them itself
+
+    def _samples(self, rows: Dataset, split: str, holder: str | None, numbers: Sequence[int]) -> TorchDataset[Any]:
+        self._at = split, holder, numbers
+        return self._encode(rows, split)
+
+    def _leave_out(self, reason: str, rows: Iterable[int], what: str = "rows") -> None:
+        """Count what `_encode` does not use of the rows that it was given.
+
+        Args:
+            reason: Why, in words that follow "5 rows of the train split", for example ``have no text``.
+            rows: Their places among the rows given, from 0; one for each thing left out.
+            what: What is left out, in the plural.
+        """
+        split, holder, numbers = self._at
+        if found := tuple(numbers[row] for row in rows):
+            self._left_out.append(LeftOut(split, reason, found, holder, what))
 
     def _emptiness(self, clients: Mapping[str, TorchDataset[Any]]) -> list[Problem]:
         problems = []
@@ -173,12 +210,25 @@ class CorpusDataModule(FederatedDataModule):
         for split in SPLITS:
             try:
                 if len(self._split(split)) == 0:
-                    problems.append(Problem(key, split, "this split has no row; name a source that has some."))
+                    problems.append(Problem(key, split, "this split has no row: name a source, or hold out more."))
             except ConfigError as error:
                 problems += error.problems
             except (OSError, ValueError, DatasetsError) as error:
                 problems.append(Problem(key, split, f"this split cannot be read: {error}"))
         return problems
+
+    def _text_problems(self, key: str) -> list[Problem]:
+        """Turn the columns of text into strings, and return those that cannot be."""
+        problems: dict[str, Problem] = {}
+        for name, column in self._text_columns().items():
+            for split in SPLITS:
+                rows = as_strings(self._loaded[split], column)
+                if rows is None:
+                    remedy = f"holds {self._loaded[split].features[column]}, not text; name a column of strings."
+                    problems[name] = Problem(f"{key}.{name}", column, remedy)
+                else:
+                    self._loaded[split] = rows
+        return list(problems.values())
 
     def _column_problems(self, key: str) -> list[Problem]:
         found = (
@@ -222,15 +272,6 @@ def vocabulary_problems(tokens: Tensor, config: PretrainedConfig | None) -> list
         return []
     remedy = f"embeds only {size} tokens, and {largest} is a token id of the tokenizer; use the model's own tokenizer."
     return [Problem("model.name", config.name_or_path if config is not None else None, remedy)]
-
-
-def string_problems(key: str, columns: Mapping[str, str], dataset: Dataset) -> list[Problem]:
-    """Return the columns that do not hold strings; ``columns`` names each by its argument."""
-    return [
-        Problem(f"{key}.{name}", column, f"holds {dataset.features[column]}, not text; name a column of strings.")
-        for name, column in columns.items()
-        if getattr(dataset.features[column], "dtype", None) not in ("string", "large_string")
-    ]
 
 
 def length_problem(key: str, value: int, least: int) -> list[Problem]:

@@ -15,7 +15,6 @@ from fedbe.data import Batch, pad_samples, pad_token_id
 from fedbe.datamodules.corpus import (
     CorpusDataModule,
     length_problem,
-    string_problems,
     tokenizer_problems,
     vocabulary_problems,
 )
@@ -94,6 +93,9 @@ class InstructionDataModule(CorpusDataModule):
             return {"messages_column": self.messages_column}
         return {"prompt_column": self.prompt_column, "response_column": self.response_column}
 
+    def _text_columns(self) -> Mapping[str, str]:
+        return self._columns() if self.messages_column is None else {}
+
     def _argument_problems(self, key: str) -> list[Problem]:
         problems = length_problem(f"{key}.max_length", self.max_length, 2)
         if self.template.count("{prompt}") != 1:
@@ -104,10 +106,9 @@ class InstructionDataModule(CorpusDataModule):
         return tokenizer_problems(f"{key}.max_length", self.max_length, self.tokenizer, self.model_config)
 
     def _row_problems(self, key: str) -> list[Problem]:
-        train = self._split("train")
         if self.messages_column is None:
-            return string_problems(key, self._columns(), train)
-        turns = train[0][self.messages_column]
+            return []
+        turns = self._split("train")[0][self.messages_column]
         if isinstance(turns, list) and all({"role", "content"} <= set(turn) for turn in turns):
             return []
         remedy = "must hold lists of messages, each with `role` and `content`."

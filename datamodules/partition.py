@@ -36,6 +36,17 @@ class Partitioner(ABC):
             ConfigError: When some client would have no row; keys begin with ``partitioner``.
         """
 
+    def unassigned(self, dataset: Dataset, partition: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Return the rows that belong to nobody, by the reason, which follows "5 rows of the train split".
+
+        Args:
+            dataset: The training split.
+            partition: What `partition` returned for it.
+        """
+        held = {row for rows in partition.values() for row in rows}
+        rest = [row for row in range(len(dataset)) if row not in held]
+        return {"belong to nobody: the partitioner gives them to no client": rest} if rest else {}
+
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the arguments, given the training split.
 
@@ -166,8 +177,8 @@ class QuantityPartitioner(Partitioner):
 class NaturalPartitioner(Partitioner):
     """Makes a client of each value of a column: a speaker, a hospital, a library.
 
-    Clients are named by the value, largest first. Rows without a value, and those of clients left out by
-    ``max_clients`` or ``min_size``, belong to nobody.
+    Clients are named by the value, largest first. Rows without a value or with a blank one, and those of clients
+    left out by ``max_clients`` or ``min_size``, belong to nobody.
 
     Args:
         column: Column of the client's name.
@@ -190,6 +201,22 @@ class NaturalPartitioner(Partitioner):
         groups = self._groups(dataset)
         return {name: groups[name] for name in list(groups)[: self.max_clients]}
 
+    def unassigned(self, dataset: Dataset, partition: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Return the rows that belong to nobody: without a value, or of a client that is left out."""
+        groups, large = _named(dataset, self.column), self._groups(dataset)
+        outside = [name for name in groups if name not in partition]
+        kinds = {
+            f"`max_clients` = {self.max_clients}": [name for name in outside if name in large],
+            f"`min_size` = {self.min_size}": [name for name in outside if name not in large],
+        }
+        named = {row for rows in groups.values() for row in rows}
+        nameless = [row for row in range(len(dataset)) if row not in named]
+        found = {f"belong to nobody: no value in `{self.column}`": nameless}
+        for limit, names in kinds.items():
+            whose = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            found[f"belong to nobody: {limit} leaves out {whose}"] = [row for name in names for row in groups[name]]
+        return {reason: rows for reason, rows in found.items() if rows}
+
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in the arguments, more clients than the column has values among them."""
         problems = column_problems(f"{key}.column", self.column, facts.dataset)
@@ -210,7 +237,7 @@ class NaturalPartitioner(Partitioner):
         return []
 
     def _groups(self, dataset: Dataset) -> dict[str, list[int]]:
-        groups = _rows_by_value(dataset, self.column)
+        groups = _named(dataset, self.column)
         weights = None if self.size_column is None else [len(str(text or "")) for text in dataset[self.size_column]]
         sizes = {
             name: len(rows) if weights is None else sum(weights[row] for row in rows) for name, rows in groups.items()
@@ -306,9 +333,14 @@ def _rows_by_value(dataset: Dataset, column: str) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
     values: Iterable[Any] = dataset[column]
     for row, value in enumerate(values):
-        if value is not None:
+        if value is not None and value == value:  # neither null nor NaN
             groups.setdefault(str(value), []).append(row)
     return dict(sorted(groups.items()))
+
+
+def _named(dataset: Dataset, column: str) -> dict[str, list[int]]:
+    """Return the rows of each name in a column; a blank one is none."""
+    return {name: rows for name, rows in _rows_by_value(dataset, column).items() if name.strip()}
 
 
 def _client_problems(key: str, clients: int, rows: int, min_size: int = 1) -> list[Problem]:

@@ -1,6 +1,6 @@
 """Samples made of token sequences, and documents packed into them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -101,14 +101,24 @@ class LabelledTokens(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.sequences.tokens[self.sequences.span(index)].long(), "labels": self.targets[index]}
 
 
-def tokenise_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | None]) -> Ragged:
-    """Return each text's tokens, the begin token before it; the end token after it where there is no begin token.
+def tokenise_documents(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | None], end_token: bool
+) -> Iterator[list[int]]:
+    """Yield each text's tokens with the begin token before them, and the end token after them; none for an empty text.
 
-    Texts without a token are left out.
+    No token is added that the text begins or ends with already.
+
+    Args:
+        tokenizer: What turns text into tokens.
+        texts: The texts.
+        end_token: Put the end token after each text; without a begin token it is put there anyway.
     """
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [tokenizer.eos_token_id] if not begin and tokenizer.eos_token_id is not None else []
-    return Ragged.of([*begin, *ids, *end] for ids in tokenise(tokenizer, texts) if ids)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ends = end is not None and (end_token or begin is None)
+    for ids in tokenise(tokenizer, texts):
+        first = [begin] if begin is not None and ids[:1] != [begin] else []
+        last = [end] if ends and ids[-1:] != [end] else []
+        yield [*first, *ids, *last] if ids else []
 
 
 def pack_documents(documents: Ragged, length: int, restart_positions: bool) -> TokenSamples:

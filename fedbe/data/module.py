@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fedbe.data.batch import Batch, pad_samples
 from fedbe.data.fingerprint import MOST_SAMPLES, drawn_samples, fingerprint, seeded
+from fedbe.data.left_out import LeftOut
 from fedbe.errors import ConfigError, Facts, Problem
 
 
@@ -89,6 +90,11 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         has already should number them as that does, see `fedbe.modeling.head.in_head_order`.
         """
         return None
+
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """What of the data is neither trained on nor scored, and why; available after `setup`."""
+        return ()
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in this module's configuration that can be seen without loading anything large.
@@ -226,6 +232,11 @@ class DataWrapper(FederatedDataModule):
     def class_names(self) -> Sequence[str] | None:
         """The names of the classes in the order of their numbers."""
         return self.data.class_names
+
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """What the other module leaves out."""
+        return self.data.left_out
 
     def client_dataset(self, client_id: str) -> Dataset[Any]:
         """Return the training set of one client."""

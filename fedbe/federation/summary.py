@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fedbe.data import left_out_counts
 from fedbe.system.machine import peak_rss_bytes, versions
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def results(loop: FederatedLoop) -> dict[str, Any]:
         "stop_reason": loop.stop_reason or f"all {loop.rounds} rounds are done",
         "downstream": loop.scorer.downstream(loop.plan.data.test_dataloader()),
         "personalised": loop.scorer.personalised("test", loop.round.experience, loop.round.index),
+        "left_out": left_out_counts(loop.plan.data.left_out),
         "trainable_parameters": sum(tensor.numel() for tensor in loop.server.state.values()),
     }
 

@@ -39,6 +39,15 @@ class Ragged:
         lengths: list[int] = self.offsets.diff().tolist()
         return lengths
 
+    @property
+    def empty(self) -> list[int]:
+        """The sequences without a token."""
+        return [index for index, length in enumerate(self.lengths) if not length]
+
+    def without_empty(self) -> Ragged:
+        """Return the sequences that have a token."""
+        return Ragged(self.tokens, self.offsets.unique_consecutive())
+
     def span(self, index: int) -> slice:
         """Return where sequence ``index`` lies in `tokens`.
 

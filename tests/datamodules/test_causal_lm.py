@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaForCausalLM, OPTConfig
 
+from fedbe.data import LeftOut
 from fedbe.datamodules import CausalLMDataModule, IIDPartitioner, NaturalPartitioner
 from fedbe.errors import ConfigError, Facts
 
@@ -26,9 +27,32 @@ def texts(decode, data: CausalLMDataModule, client: str) -> list[str]:
 
 def test_a_begin_token_stands_before_each_document_and_empty_ones_are_left_out(corpus, tokenizer, llama_config, decode):
     data = module(corpus, tokenizer, llama_config, pack=False)
-    assert texts(decode, data, "b") == ["<s>Ay.", "<s>No more talking", " on it."]
-    assert texts(decode, data, "a")[0] == "<s>Speak, speak."
+    assert texts(decode, data, "b") == ["<s>Ay.</s>", "<s>No more talking", " on it.</s>"]
+    assert texts(decode, data, "a")[0] == "<s>Speak, speak.</s>"
     assert len(texts(decode, data, "a")) == 1 + 4
+    (left_out,) = data.left_out
+    assert left_out == LeftOut("train", "have no text", (3,), holder="a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "expected"),
+    [
+        ({"pack": False, "end_token": False}, "Ay.", "<s>Ay."),
+        ({"end_token": True}, "Ay.", "<s>Ay.</s>"),
+        ({}, "Ay.", "<s>Ay."),
+        ({"pack": False}, "<s>Ay.</s>", "<s>Ay.</s>"),
+        ({"pack": False, "end_token": False}, "<s>Ay.</s>", "<s>Ay.</s>"),
+        ({"separate_documents": False, "end_token": True}, "<s>Ay.", "<s>Ay.</s>"),
+    ],
+)
+def test_begin_and_end_token_stand_once_as_asked(corpus, tokenizer, llama_config, decode, arguments, text, expected):
+    data = module(corpus, tokenizer, llama_config, rows={"text": [text], "who": ["b"]}, **arguments)
+    assert texts(decode, data, "b") == [expected]
+
+
+def test_an_end_token_that_the_tokenizer_lacks_is_reported(corpus, make_tokenizer, llama_config):
+    with pytest.raises(ConfigError, match="end_token"):
+        module(corpus, make_tokenizer(eos=False), llama_config, end_token=True)
 
 
 def test_an_end_token_follows_where_there_is_no_begin_token(corpus, make_tokenizer, llama_config, decode):
@@ -120,7 +144,7 @@ def test_every_mistake_is_reported_at_once_with_its_key(corpus):
     ("rows", "key", "value"),
     [
         ({"body": ["a"]}, "text_column", "text"),
-        ({"text": [1, 2]}, "text_column", "text"),
+        ({"text": [[1], [2]]}, "text_column", "text"),
         ({"text": []}, "corpus", "train"),
     ],
 )
