@@ -170,7 +170,7 @@ class Adapters(Adaptation):
         names = target_names(model, self.target_modules, self.first_block, self.key)
         self._adapters = inject(model, names, config, inputs, self.key)
         load_tensors(model, {adapter.a: self.start(model, adapter) for adapter in self._adapters})
-        set_scaling(model, self.scaling(rank))
+        set_scaling(model, self.layer_names, self.scaling(rank))
 
     def start(self, model: PreTrainedModel, adapter: Adapter, round_index: int = 0) -> Tensor:
         """Return the A that adapters start with, drawn from the run's seed and the round."""
@@ -201,7 +201,7 @@ class Adapters(Adaptation):
     def begin(self, model: PreTrainedModel, task: FitTask, kept: Tensors) -> None:
         """Load what a client received, zeros above its rank, and scale the adapters for it."""
         super().begin(model, replace(task, received=self.pad(task.received)), kept)
-        set_scaling(model, self.scaling(self._rank_in(task)))
+        set_scaling(model, self.layer_names, self.scaling(self._rank_in(task)))
 
     def finish(self, model: PreTrainedModel, task: FitTask, kept: Tensors) -> tuple[Tensors, Tensors]:
         """Return the trained factors cut to the client's rank, and the head; scale for the global model again."""
@@ -213,7 +213,7 @@ class Adapters(Adaptation):
 
     def leave(self, model: PreTrainedModel) -> None:
         """Scale for the global model again."""
-        set_scaling(model, self.scaling(self.max_rank))
+        set_scaling(model, self.layer_names, self.scaling(self.max_rank))
 
     def export(
         self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None

@@ -1,7 +1,7 @@
 """Adapters in a model: which layers get one, how it is put in, scaled, merged and saved; all of it with `peft`."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from fedbe.data import Batch
 from fedbe.errors import ConfigError, ExpansionError, Problem
 from fedbe.expansion import ExportReport
 from fedbe.modeling.architecture import find_blocks
+from fedbe.modeling.index import ModelIndex
 from fedbe.modeling.verification import difference, observe
 from fedbe.seeding import isolated_rng
 from fedbe.storage.files import new_folder
@@ -124,10 +125,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
-def set_scaling(model: nn.Module, scaling: float) -> None:
-    """Let every adapter add s·BA with this s."""
-    for _, layer in lora_layers(model):
-        layer.scaling[ADAPTER] = scaling
+def set_scaling(model: nn.Module, names: Iterable[str], scaling: float) -> None:
+    """Let the adapters on the layers of these exact names add s·BA with this s."""
+    index = ModelIndex(model)
+    for name in names:
+        index.module(name).scaling[ADAPTER] = scaling  # type: ignore[index,union-attr]
 
 
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:

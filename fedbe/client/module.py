@@ -67,6 +67,8 @@ class ClientModule(ResidentModule):
         """
         run = self.run
         run.check_time(batch_index)
+        if batch_index % self.trainer.accumulate_grad_batches == 0:
+            self.zero_grad()
         loss: Tensor = self.model(**batch, **self._forward_options).loss
         return run.loss(loss if run.added_loss is None else loss + run.added_loss(), batch)
 
@@ -88,9 +90,21 @@ class ClientModule(ResidentModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the gradients of what trains; nothing else has any."""
+        """Free the gradients of what trains; nothing else has any."""
         for parameter in self.run.parameters.values():
             parameter.grad = None
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Leave it to `training_step`.
+
+        Lightning calls this after the forward pass, which by then has had to find its memory beside the old gradients:
+        on small models, steps take 3 to 4 % longer that way.
+        """
+
+    def on_train_end(self) -> None:
+        """Free what Lightning would move to the CPU otherwise, tensor by tensor."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     def let_go(self) -> None:
         """Free gradients, optimizer state and tensors now, and not when the Trainer's cycles are collected."""

@@ -151,7 +151,12 @@ def quiet_trainer(options: Mapping[str, Any]) -> L.Trainer:
     """Return a Trainer that writes, shows and saves nothing and leaves signals alone."""
     trainer = L.Trainer(**QUIET, **options)
     trainer._signal_connector = _NoSignals(trainer)  # type: ignore[assignment]
+    trainer.fit_loop._warn_if_modules_in_eval_mode = _do_nothing  # type: ignore[method-assign]
     return trainer
+
+
+def _do_nothing() -> None:
+    """Take the place of a walk over the model for modules in evaluation mode: frozen blocks are, on purpose."""
 
 
 class _NoSignals:

@@ -138,10 +138,11 @@ class RoundLoop:
         try:
             if not isinstance(outcome, Failure):
                 check_form(task, outcome)
-            outcome = self.hooks.replaced(task, outcome)
+            sent, outcome = outcome, self.hooks.replaced(task, outcome)
             if isinstance(outcome, Failure):
                 return outcome
-            check_form(task, outcome)
+            if outcome is not sent:
+                check_form(task, outcome)
             if self.timing.in_time(task, outcome):
                 self.server.receive(task, outcome, self._peeked(task))
         except UpdateError as error:
