@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fedbe.config.mistakes import collect, merge, nest
+from fedbe.config.mistakes import collect
 from fedbe.config.parser import read_run, run_parser
 from fedbe.config.run import RunConfig
 from fedbe.dial import NEEDS as DIAL_NEEDS
 from fedbe.errors import ConfigError, Problem
+from fedbe.storage.nested import leaves, merge, nest
 
 LEARNING_RATE = ("client", "optimizer", "init_args", "lr")
 """Where the learning rate stands in a run's configuration."""
@@ -126,7 +127,7 @@ class ComparisonConfig:
             yield Problem(key, rates, remedy)
 
     def _check_budget(self, arm: str) -> Iterator[Problem]:
-        for key, value in _leaves(_overrides(self.arms[arm])):
+        for key, value in leaves(_overrides(self.arms[arm]), lists="none"):
             allowed = any(f"{key}.".startswith(f"{name}.") for name in (*FREE, *self.allow))
             if key.split(".")[0] in BUDGET and not allowed:
                 remedy = f"arms share one budget: set it in `base`, or list `{key}` under `allow`"
@@ -246,12 +247,3 @@ def _unused(path: Path, variables: Mapping[str, str], raw: Mapping[str, Any]) ->
 
 def _overrides(arm: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arm.items() if key != "learning_rates"}
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys with their values."""
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, node

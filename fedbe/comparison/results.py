@@ -15,6 +15,7 @@ from fedbe.errors import ConfigError, Problem
 from fedbe.evaluation.convergence import Point, curve, first_reaching
 from fedbe.evaluation.dial import DialPoint, recorded_points
 from fedbe.evaluation.tasks import RESERVED_NAME
+from fedbe.storage.nested import leaves, section
 from fedbe.storage.run_folder import RunFolder
 
 _OF_ONE_RUN = ("seed", "name", "output", "logger")
@@ -223,7 +224,7 @@ def budget_differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     keys = sorted({key for config in configs for key in config})
     sections = set(BUDGET) - set(_OF_ONE_RUN)
-    shared = [key for key in keys if key.split(".")[0] in sections and not key.startswith(FREE)]
+    shared = [key for key in keys if section(key) in sections and not key.startswith(FREE)]
     values = {key: sorted({str(config.get(key)) for config in configs}) for key in shared}
     return [f"{key} = {' / '.join(found)}" for key, found in values.items() if len(found) > 1]
 
@@ -236,16 +237,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(node, list) and any(isinstance(value, dict) for value in node):
-        node = {str(index): value for index, value in enumerate(node)}
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {
-        key: value
-        for name, inner in node.items()
-        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with dotted keys, lists of plain values as one value each."""
+    return {key: value for key, value in leaves(config, lists="of mappings") if value != {}}
 
 
 def write_csv(results: Sequence[RunResult], target: float | None, file: Path) -> None:

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from fedbe.errors import ConfigError, Problem
+from fedbe.storage.nested import dotted, look_up, merge, nest
 
 _NESTED_KEY = re.compile(r'Parser key "([^"]+)":|(Problem with given class_path)|class: (?=Option)')
 _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|Group '([^']+)' does not accept option '([^']+)'")
@@ -59,22 +60,6 @@ def _read_file(path: Path) -> Raw:
     if not isinstance(content, dict):
         raise ConfigError(Problem("config", str(path), "must hold a YAML mapping of sections, such as `data:`"))
     return content
-
-
-def nest(key: str, value: Any) -> Raw:
-    """Return ``{"a": {"b": value}}`` for the key ``a.b``."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return dict(value)
-
-
-def merge(into: Raw, other: Raw) -> None:
-    """Lay `other` over `into`, mapping by mapping."""
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict) and "class_path" not in value:
-            merge(into[key], value)
-        else:
-            into[key] = value
 
 
 def collect(parser: ArgumentParser, raw: Raw) -> tuple[list[Problem], Raw]:
@@ -142,23 +127,10 @@ def _prefixed(step: str | int, node: Any, names: Sequence[str]) -> list[str | in
     return [step, *inner] if inner else []
 
 
-def look_up(node: Any, path: Iterable[str | int]) -> Any:
-    """Return what stands at `path`."""
-    for step in path:
-        node = node[step]
-    return node
-
-
 def remove(raw: Raw, path: Sequence[str | int]) -> None:
     """Take out what stands at `path`; an entry of a class with a bad name goes as a whole."""
     parent = look_up(raw, path[:-1])
     del parent[path[-1]]
-
-
-def dotted(path: Iterable[str | int]) -> str:
-    """Return ``a.b[0].c`` for the path a, b, 0, c."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.removeprefix(".")
 
 
 def _unknown_remedy(parser: ArgumentParser, raw: Raw, path: Sequence[str | int]) -> str:
