@@ -96,7 +96,7 @@ FailureKind = Literal["error", "timeout", "memory", "update"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why nothing came of a client's round.
+    """Why a client has failed in a round.
 
     Attributes:
         client_id: The client.
@@ -117,7 +117,7 @@ class Failure:
 
 
 Outcome = Update | Failure
-"""What comes of a client's round."""
+"""The result of a client's round."""
 
 
 @dataclass(frozen=True)

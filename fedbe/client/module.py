@@ -90,7 +90,7 @@ class ClientModule(ResidentModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Free the gradients of what trains; nothing else has any."""
+        """Free the gradients of the trained parameters; no others have any."""
         for parameter in self.run.parameters.values():
             parameter.grad = None
 

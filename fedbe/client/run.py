@@ -88,7 +88,7 @@ class LocalRun:
         self.notes = StepNotes(groups)
 
     def optimizer(self, steps: int) -> tuple[Optimizer, LambdaLR]:
-        """Return a fresh optimizer over what the client trains, and its schedule over so many optimizer steps."""
+        """Return a fresh optimizer over what the client trains, and its schedule over these optimizer steps."""
         optimizer = self.plan.optimizer(self.parameters.values())
         return optimizer, self.plan.schedule.build(optimizer, self.task.round_index, self.plan.rounds, steps)
 

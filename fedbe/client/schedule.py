@@ -19,7 +19,7 @@ class Schedule:
         warmup_steps: Steps below the full rate, rising linearly from the first, which is never zero. An expanded block
             starts with zeroed projections, so that most of its parameters get their first gradient at step 2: a few
             steps of warm-up keep Adam from jumping.
-        span: ``round``: the schedule starts anew with each client's run; ``run``: it goes on from round to round, over
+        span: ``round``: the schedule starts over with each client's run; ``run``: it goes on from round to round, over
             all rounds, whoever takes part.
     """
 

@@ -79,7 +79,7 @@ class Engine(Part, ABC):
 
     @abstractmethod
     def fit(self, tasks: Iterable[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
-        """Yield each task with what came of it, in the order of `tasks` however the clients were run.
+        """Yield each task with its outcome, in the order of `tasks` however the clients were run.
 
         A client that raises, takes too long or runs out of memory is a `Failure` and ends nothing but its own round.
 

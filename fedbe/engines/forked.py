@@ -32,7 +32,7 @@ _GRACE_SECONDS = 5.0
 
 
 def check_workers(workers: int, key: str) -> list[Problem]:
-    """Return why clients cannot train in so many processes side by side on this machine."""
+    """Return why clients cannot train side by side in this number of processes on this machine."""
     if workers < 1:
         return [Problem(key, workers, "give 1 or more")]
     if not hasattr(os, "fork") or torch.accelerator.is_available():
@@ -45,7 +45,7 @@ class Forked(LocalEngine):
     """Trains several clients at a time, each in one of a few processes that live for a round.
 
     They are forked from this process as it is at the start of the round, so that nothing has to be sent to them, and
-    what nobody writes, the frozen weights, is in memory once. What comes of a client and what it keeps come back
+    what nobody writes, the frozen weights, is in memory once. A client's outcome and what it keeps come back
     through a pipe, as messages. Each process computes with one thread; if this one does, too, results do not depend on
     the number of processes to the bit. A process that is ended from outside, for want of memory for example, or that
     hangs, costs its client's round.
@@ -61,21 +61,21 @@ class Forked(LocalEngine):
         self.processes = 1 + workers
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
-        """Return why clients cannot train in so many processes on this machine."""
+        """Return why clients cannot train in this number of processes on this machine."""
         return check_workers(self.workers, f"{key}.workers")
 
     def start(self, plan: LocalPlan) -> None:
         """Learn what clients train.
 
         Raises:
-            ConfigError: They cannot train in so many processes on this machine.
+            ConfigError: They cannot train in this number of processes on this machine.
         """
         if problems := check_workers(self.workers, "engine.init_args.workers"):
             raise ConfigError(*problems)
         super().start(plan)
 
     def fit(self, tasks: Iterable[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
-        """Yield each task with what came of it, in their order; all are taken before the first client begins."""
+        """Yield each task with its outcome, in their order; all are taken before the first client begins."""
         cohort = list(tasks)
         self._trimming.before_client()
         self.training.get_ready({task.max_steps for task in cohort})
@@ -108,7 +108,7 @@ class Forked(LocalEngine):
                 worker.end()
 
     def _finished(self, workers: Sequence[_Worker]) -> dict[int, Outcome]:
-        """Wait until a client is done or over its time, and return what came of it."""
+        """Wait until a client is done or over its time, and return its outcome."""
         timeout = self.plan.timeout_seconds
         patience = None if timeout is None else timeout + _GRACE_SECONDS
         busy = {worker.connection: worker for worker in workers if worker.client is not None}
@@ -142,11 +142,11 @@ class _Worker:
             self.connection.send_bytes(str(client).encode())
 
     def left(self, patience: float) -> float:
-        """Return how many of so many seconds the client has left, at least 0."""
+        """Return how many seconds the client has left of its time, at least 0."""
         return max(0.0, self.begun + patience - time.monotonic())
 
     def receive(self) -> tuple[int, Outcome]:
-        """Return what came of the client; if the process has ended, another takes its place."""
+        """Return the client's outcome; if the process has ended, another takes its place."""
         assert self.client is not None
         try:
             outcome, kept, news = (self.connection.recv_bytes() for _ in range(3))
@@ -213,7 +213,7 @@ class _Worker:
 
 
 def _answer(task: FitTask, outcome: Outcome, kept: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
-    """Return what came of a client and what it keeps as bytes; what cannot travel is its failure."""
+    """Return a client's outcome and what it keeps as bytes; an outcome that cannot be encoded is a failure."""
     try:
         return encode(outcome), pack({}, kept)
     except MessageError as error:

@@ -12,6 +12,6 @@ class InProcess(LocalEngine):
     """Trains clients one at a time: tensors are copied in, trained with the client's `L.Trainer`, and copied out."""
 
     def fit(self, tasks: Iterable[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
-        """Yield each task with what came of it; each is taken when its client begins."""
+        """Yield each task with its outcome; each is taken when its client begins."""
         for task in tasks:
             yield task, self.attempt(task)

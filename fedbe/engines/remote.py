@@ -75,7 +75,7 @@ class Channel(Protocol):
         ...
 
     def receive(self, seconds: float, most_bytes: int) -> tuple[str, bytes] | None:
-        """Return what the next client sends, and its address; ``None`` if nothing comes within so many seconds.
+        """Return what the next client sends, and its address; ``None`` if nothing arrives in time.
 
         Args:
             seconds: How long to wait.
@@ -208,7 +208,7 @@ class RemoteEngine(Engine):
             self._capabilities = simulated_capabilities(self._plan, self._samples, rows)
 
     def fit(self, tasks: Iterable[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
-        """Yield each task with what came of it; all are taken before the first client begins."""
+        """Yield each task with its outcome; all are taken before the first client begins."""
         cohort = list(tasks)
         for task, answer in zip(cohort, self._ask(cohort), strict=True):
             assert isinstance(answer, Update | Failure)
@@ -277,7 +277,7 @@ class RemoteEngine(Engine):
                 asked.fail("error", "has gone")
 
     def _receive(self, seconds: float, pending: Mapping[int, _Asked]) -> bool:
-        """Take in what comes next within so many seconds; return whether it was an answer that is waited for."""
+        """Take in the next message, if one arrives in time; return whether it was an expected answer."""
         received = self.channel.receive(seconds, self.most_bytes)
         if received is None:
             return False
@@ -288,7 +288,7 @@ class RemoteEngine(Engine):
             message = unframed(data, self.most_bytes)
         except MessageError as error:
             if asked is not None and expected:
-                asked.fail("update", f"sent what is no message: {error}")
+                asked.fail("update", f"sent bytes that are not a message: {error}")
             return expected
         if asked is not None and expected:
             asked.take(message)
@@ -355,7 +355,7 @@ class _Asked:
         return self._deadline - time.monotonic()
 
     def fail(self, kind: FailureKind, reason: str) -> None:
-        """Note why nothing comes of it."""
+        """Note why it has failed."""
         self.answer = Failure(self.client_id, kind, one_line(reason))
 
     def take(self, message: Message) -> None:

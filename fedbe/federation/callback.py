@@ -81,7 +81,7 @@ class FederatedCallback(Part):
         return None
 
     def on_client_failure(self, run: RunView, task: FitTask, failure: Failure) -> None:
-        """Called when nothing came of a client's round; it is left out."""
+        """Called when a client has failed in a round; it is left out."""
 
     def on_client_end(self, run: RunView, task: FitTask, update: Update) -> None:
         """Called with a client's update once it is accepted, or left out for being late; never for a failed one."""

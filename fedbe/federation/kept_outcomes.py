@@ -34,7 +34,7 @@ class KeptOutcomes:
     run: str
 
     def save(self, task: FitTask, outcome: Outcome, kept: Mapping[str, Tensor]) -> None:
-        """Write what came of a client, whole or not at all; what is no message is not kept.
+        """Write a client's outcome, whole or not at all; an outcome that cannot be encoded is not kept.
 
         Args:
             task: What the client was given.
@@ -53,7 +53,7 @@ class KeptOutcomes:
             save_tensors(self._path(task), parts, {"task": self._key(task)})
 
     def load(self, task: FitTask) -> tuple[Outcome, dict[str, Tensor]] | None:
-        """Return what came of a client, and what it kept; ``None`` if it is not known, or the file is torn."""
+        """Return a client's outcome and what it kept; ``None`` if there is none, or the file is torn."""
         try:
             parts, state = load_tensors(self._path(task))
             outcome, kept = decode(raw(parts["outcome"])), unpack(raw(parts["kept"]))[1]

@@ -44,7 +44,7 @@ class FederatedLoop:
     Reads like a Lightning loop: `run` → (`on_run_start` → while not `done`: `advance` → `on_run_end`).
 
     Attributes:
-        plan: All that local training depends on: the one resident model, the data, the clients' optimizer.
+        plan: Everything that local training depends on: the one resident model, the data, the clients' optimizer.
         algorithm: What is trained, how updates become the next state, and who talks to whom.
         engine: Where clients train.
         sampler: Which clients take part in a round.
@@ -53,14 +53,14 @@ class FederatedLoop:
         quorum: How many clients of a round must not fail.
         averaging: How updates are averaged, where it is not the algorithm's own rule.
         server_optimizer: How the mean of the updates moves the global tensors.
-        evaluate_every_n_rounds: Downstream validation every so many rounds, and always after the last.
+        evaluate_every_n_rounds: How often the downstream task is validated; always after the last round.
         general_tasks: What the base model could do before; scored by the retention callback.
         callbacks: Called at every hook, by phase.
         logger: A Lightning logger, or ``None``.
         config: The resolved configuration, for the folder and for loggers.
         progress: How far the run is, and how long it has taken.
         identity: What tells this run from others, known after `setup`.
-        server: The global state, and what becomes of updates.
+        server: The global state, and how updates change it.
         round: The round under way.
         scorer: Scores models on the downstream task.
         metrics: `metrics.jsonl`.
@@ -164,7 +164,7 @@ class FederatedLoop:
         self.restructured(None)
 
     def on_run_start(self) -> None:
-        """Create the run's folder and score the base model on all that is measured, as round 0."""
+        """Create the run's folder and score the base model as round 0."""
         self.folder.create(self.config)
         self.summary["downstream_base"] = self.scorer.downstream(self.plan.data.test_dataloader())
         self.round.record = RoundRecord(0, explanation=self.algorithm.strategy.explanation())
@@ -195,7 +195,9 @@ class FederatedLoop:
         if self.progress.started % self.evaluate_every_n_rounds == 0 or self.progress.started == self.rounds:
             self._score_round()
         self.hooks.call("on_round_end")
-        self._grow()
+        renamed = self.server.grow(self.record.to_dict(), self._inputs)
+        if renamed is not None:
+            self.restructured(renamed)
         self.progress.completed += 1
         self._write_record()
         self.raise_if_interrupted()
@@ -240,13 +242,6 @@ class FederatedLoop:
         personalised = self.scorer.personalised("validation", self.round.experience, self.round.index)
         self.scorer.scores = Scores(downstream, personalised)
         self.record.downstream, self.record.personalised = downstream, personalised
-
-    def _grow(self) -> None:
-        if Trait.FIXED_STRUCTURE in self.algorithm.offers:
-            return
-        renamed = self.server.grow(self.record.to_dict(), self._inputs)
-        if renamed is not None:
-            self.restructured(renamed)
 
     def restructured(self, renamed: Mapping[str, str] | None) -> None:
         """Have the engine and the strategy look at the prepared model, before round 1 and when its structure changes.

@@ -29,7 +29,7 @@ class Quorum:
         return [Problem(f"{key}.least", self.least, remedy)]
 
     def needed(self, begun: int) -> int:
-        """Return how many clients must come through of so many that begin."""
+        """Return how many of the clients that begin must not fail."""
         if isinstance(self.least, float):
             return math.ceil(round(self.least * begun, 9))
         return min(self.least, begun)

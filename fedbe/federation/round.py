@@ -1,4 +1,4 @@
-"""One round: who takes part, what comes of each client, and the next global tensors."""
+"""One round: who takes part, each client's outcome, and the updates that the server takes in."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class RoundLoop:
             yield task
 
     def _outcomes(self, tasks: Iterator[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
-        """Yield what comes of each client: first what an interrupted run has kept of this round, then new work."""
+        """Yield each client's outcome: first those that an interrupted run has kept of this round, then new ones."""
         kept = self.kept_outcomes
         if kept is None:
             yield from self.engine.fit(tasks)

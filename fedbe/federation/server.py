@@ -157,7 +157,8 @@ class Server:
         Returns:
             Old → new name of each parameter whose name has changed; ``None`` if the structure stays.
         """
-        structure = self.algorithm.strategy.grow(record)
+        fixed = Trait.FIXED_STRUCTURE in self.algorithm.offers
+        structure = None if fixed else self.algorithm.strategy.grow(record)
         return None if structure is None else self._restructure(structure, inputs)
 
     def _restructure(self, structure: Structure, inputs: Batch | None) -> Mapping[str, str]:

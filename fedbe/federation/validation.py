@@ -36,7 +36,7 @@ class UpdateCheck:
         self._structure = structure_version(structure)
 
     def __call__(self, task: FitTask, update: Any) -> None:
-        """Refuse what is no update, or holds what a client cannot have been asked for.
+        """Refuse an object that is not an update, or that holds more than a client was asked for.
 
         Raises:
             UpdateError: It is so; the message names the client, and the tensor or the metric.

@@ -60,7 +60,7 @@ class OnePass(LocalEngine):
             self.needs, self.offers = _NEEDS, _OFFERS
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
-        """Return what keeps so many clients from being trained in one pass."""
+        """Return what keeps this number of clients from being trained in one pass."""
         if self.clients == "auto":
             return []
         problems = check_at_least(key, 1, clients=self.clients)
@@ -70,7 +70,7 @@ class OnePass(LocalEngine):
         return problems
 
     def prepared(self, inputs: Batch, structure: Structure, renamed: Mapping[str, str] | None = None) -> None:
-        """Verify that one pass comes to what single passes come to, and choose how many clients it is for.
+        """Verify that one pass gives the results of single passes, and choose the number of clients in it.
 
         Raises:
             ConfigError: A number was given, and in this architecture or with these settings it does not.
@@ -96,7 +96,7 @@ class OnePass(LocalEngine):
         self._at_once = state["clients_in_one_pass"]
 
     def fit(self, tasks: Iterable[FitTask]) -> Iterator[tuple[FitTask, Outcome]]:
-        """Yield each task with what came of it; as many are taken as train at a time."""
+        """Yield each task with its outcome; as many are taken as train at a time."""
         remaining = iter(tasks)
         while group := list(islice(remaining, self._at_once)):
             yield from zip(group, self._attempt(group), strict=True)

@@ -46,7 +46,7 @@ def verify_one_pass(model: PreTrainedModel, names: Collection[str], inputs: Batc
                 for t, b in zip(clients, batches, strict=True)
             ]
             if not torch.equal(drawn, random_state(model.device)):
-                raise OnePassError("what trains drops at random, by random numbers of each client's own")
+                raise OnePassError("the trained part drops at random, by random numbers of each client's own")
             with one_pass.installed():
                 together = _outcome(one_pass.outputs(clients, batches), clients)
             _compare([tensor for outcome in apart for tensor in outcome], together)
