@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from fedbe.datamodules.conversations import ROLES, Conversation, Message, is_answer
+from fedbe.datamodules.conversations import ROLES, Conversation, Message, is_answer, read_messages, read_tools
 
 PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 """What a prompt becomes where the tokenizer has no chat template."""
@@ -198,6 +198,27 @@ class ChatTemplate:
             return made()
         except TemplateError:
             return ""
+
+
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Any = None,
+    date: str = "2025-01-01",
+    **arguments: Any,
+) -> tuple[list[int], list[bool]]:
+    """Return a conversation in the tokenizer's chat template, and which tokens belong to the assistant's turns.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: The conversation, as `fedbe.datamodules.conversations.read_messages` reads it.
+        tools: Descriptions of tools as JSON schemas.
+        date: The date that the template is told.
+        arguments: Further arguments of the template.
+    """
+    chat = ChatTemplate(tokenizer, datetime.fromisoformat(date), arguments)
+    encoded = chat.encode(Conversation(read_messages(list(messages), chat.roles), read_tools(tools)))
+    return encoded.ids, encoded.scored
 
 
 def dated(template: str, date: datetime) -> str:

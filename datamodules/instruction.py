@@ -12,7 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fedbe.corpora import SPLITS, Corpus
 from fedbe.data import Batch, pad_samples, pad_token_id
-from fedbe.datamodules.chat import PLAIN_TEMPLATE, RESERVED, ChatTemplate, Encoded, plain_chat_template, plain_tokens
+from fedbe.datamodules.chat import (
+    PLAIN_TEMPLATE,
+    RESERVED,
+    ChatTemplate,
+    Encoded,
+    chat_tokens,
+    plain_chat_template,
+    plain_tokens,
+)
 from fedbe.datamodules.conversations import (
     ROLES,
     Conversation,
@@ -33,6 +41,8 @@ from fedbe.datamodules.partition import Partitioner, raise_problems
 from fedbe.datamodules.tokens import TokenSamples
 from fedbe.errors import ConfigError, Problem
 from fedbe.text.ragged import Ragged
+
+__all__ = ["PLAIN_TEMPLATE", "InstructionDataModule", "chat_tokens"]
 
 EMPTY = "are empty"
 UNSCORED = "have no token"

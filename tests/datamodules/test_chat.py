@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedbe.datamodules.chat import ChatTemplate, plain_chat_template, plain_tokens
+from fedbe.datamodules.chat import ChatTemplate, chat_tokens, plain_chat_template, plain_tokens
 from fedbe.datamodules.conversations import Conversation, read_messages, read_tools
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "[INST]", "[/INST]"]
@@ -160,6 +160,13 @@ def test_arguments_of_the_template_reach_it():
     own = tokenizer("{{ mood }}" + CHATML)
     chat = ChatTemplate(own, datetime(2025, 1, 1), {"mood": "calm"})
     assert own.decode(chat.encode(Conversation(talk("a", "b"))).ids).startswith("calm<|im_start|>")
+
+
+def test_a_conversation_as_tokens_and_which_are_answers():
+    own = tokenizer("{{ mood }}" + QWEN3)
+    ids, scored = chat_tokens(own, talk("a", "FIRST", "b", "SECOND"), mood="calm")
+    answered = own.decode([token for token, counts in zip(ids, scored, strict=True) if counts])
+    assert answered == "FIRST<|im_end|>\nSECOND<|im_end|>\n" and own.decode(ids).startswith("calm")
 
 
 def test_the_date_is_the_one_given():
