@@ -85,6 +85,7 @@ ROWS = {
     "prompt": TEXTS,
     "response": TEXTS,
     "text": TEXTS,
+    "context": [""] * 240,
     "category": [f"kind {i % 4}" for i in range(240)],
     "label": [i % 4 for i in range(240)],
     "label_name": [f"intent {i % 4}" for i in range(240)],

@@ -11,10 +11,11 @@ from fedbe.config.parser import read_run, run_parser
 from fedbe.datamodules.report import describe_partition
 from fedbe.errors import ConfigError, Problem
 from fedbe.figures.partition import plot_partition, print_partition
+from fedbe.figures.samples import print_left_out, print_samples
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Print and plot which client gets which data, without training."""
+    """Print and plot which client gets which data and what is left out, and show samples, without training."""
     described, config = read_run(run_parser("partition", COMMANDS["partition"]), arguments)
     picture = Path(config["plot"])
     problems = [problem for problem in described.check() if problem.key != "output"]
@@ -25,5 +26,7 @@ def run(arguments: Sequence[str]) -> None:
     connect_data(described)
     shares = describe_partition(described.data)
     print_partition(shares, Console())
+    print_left_out(described.data.left_out, Console())
+    print_samples(described.data, int(config["samples"]), Console())
     plot_partition(shares, picture)
     print(f"picture: {picture}")

@@ -19,6 +19,9 @@ from fedbe.errors import ConfigError, Problem
 
 LISTS = ("general_tasks", "callbacks")
 MAPPINGS = ("model", "client", "federation", "trainer")
+PARTITION = ("plot", "samples")
+"""Options of `fedbe partition` that are no part of a run."""
+
 SET_BY_ENGINE = {"logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"}
 
 
@@ -31,7 +34,7 @@ def run_parser(command: str, description: str | None = None, skip: frozenset[str
     """Return the parser of a run's configuration.
 
     Args:
-        command: ``fit`` or ``partition``; the latter has ``--plot`` besides.
+        command: ``fit`` or ``partition``; the latter has ``--plot`` and ``--samples`` besides.
         description: Shown by ``--help``.
         skip: Sections to leave out.
     """
@@ -52,6 +55,7 @@ def run_parser(command: str, description: str | None = None, skip: frozenset[str
         parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=SET_BY_ENGINE)
     if command == "partition":
         parser.add_argument("--plot", type=Path, default=Path("partition.png"), help="Where the picture goes.")
+        parser.add_argument("--samples", type=int, default=0, help="How many samples to show, with what is predicted.")
     return parser
 
 
@@ -85,7 +89,8 @@ def all_problems(parser: ArgumentParser, arguments: Sequence[str], first: Except
         return [Problem("command line", " ".join(arguments), " ".join(str(first).split()))]
     if "data" not in rest:
         parser = run_parser("fit", skip=frozenset({"data"}))
-    rest.pop("plot", None)
+    for option in PARTITION:
+        rest.pop(option, None)
     try:
         found = check_sections(instantiate(parser, parser.parse_object(rest)))
     except ConfigError as error:
@@ -126,7 +131,7 @@ def collect_list(raw: dict[str, Any], section: str) -> list[Problem]:
 def instantiate(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
     """Return the objects of each section of `RunConfig`."""
     values = parser.instantiate(namespace).as_dict()
-    return {key: value for key, value in values.items() if key not in ("config", "plot")}
+    return {key: value for key, value in values.items() if key not in ("config", *PARTITION)}
 
 
 def resolved(parser: ArgumentParser, namespace: Namespace, arguments: Sequence[str]) -> dict[str, Any]:
