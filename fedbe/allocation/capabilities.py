@@ -17,14 +17,15 @@ class Capabilities:
         clock: The clients' devices, and what is done about late ones.
         costs: Counted on the resident model.
         steps: Local steps that each client takes in a round if it has the time.
-        samples_per_step: Samples that a local step computes on, those of the objective included.
+        samples_per_step: Samples that a local step of each client computes on, those of the objective included; fewer
+            where a client has fewer batches than are accumulated.
         seed: The run's seed.
     """
 
     clock: SimulatedClock
     costs: CostModel
     steps: Mapping[str, int]
-    samples_per_step: float
+    samples_per_step: Mapping[str, float]
     seed: int
 
     def profile(self, client_id: str, round_index: int) -> Profile:
@@ -37,12 +38,12 @@ class Capabilities:
 
     def unit_costs(self, units: Mapping[str, Sequence[str]]) -> UnitCosts:
         """Return what units of allocation cost, in additive form."""
-        return self.costs.units(units, self.samples_per_step)
+        return self.costs.units(units, max(self.samples_per_step.values()))
 
     def cost(self, task: FitTask) -> Cost:
         """Return what a client's local steps cost."""
         steps = self.steps[task.client_id] if task.max_steps is None else task.max_steps
-        return self.costs.cost(task.trainable_names, self.samples_per_step, steps)
+        return self.costs.cost(task.trainable_names, self.samples_per_step[task.client_id], steps)
 
     def seconds(self, task: FitTask, update: Update) -> float:
         """Return how long a client took to download, train and upload."""
@@ -64,6 +65,6 @@ class Capabilities:
         profile, steps = self.profile(task.client_id, task.round_index), self.steps[task.client_id]
         up = sum(self.costs.parameter_bytes[name] for name in task.trainable_names)
         transfer = task.bytes_down / profile.download_bytes_per_second + up / profile.upload_bytes_per_second
-        one = self.costs.cost(task.trainable_names, self.samples_per_step)
+        one = self.costs.cost(task.trainable_names, self.samples_per_step[task.client_id])
         fitting = steps_within(self.clock.deadline_seconds, transfer, seconds(one, profile), steps)
         return None if fitting == steps else fitting

@@ -68,6 +68,7 @@ class ClientModule(ResidentModule):
         run = self.run
         run.check_time(batch_index)
         if batch_index % self.trainer.accumulate_grad_batches == 0:
+            run.accumulation.batches = self.trainer.accumulate_grad_batches
             self.zero_grad()
         loss: Tensor = self.model(**batch, **self._forward_options).loss
         return run.loss(loss if run.added_loss is None else loss + run.added_loss(), batch)

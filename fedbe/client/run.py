@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fedbe.client.accumulation import Accumulation
 from fedbe.client.memory import Kept
 from fedbe.client.plan import LocalPlan
 from fedbe.data import Batch
@@ -69,6 +70,7 @@ class LocalRun:
         parameters: What it trains, by exact name in the order of the model.
 
     Attributes:
+        accumulation: Weighs the batches of one optimizer step.
         added_loss: What is added to the model's own loss after each forward pass; ``None`` for nothing.
         notes: What is noted of its steps.
     """
@@ -77,6 +79,7 @@ class LocalRun:
         self.plan, self.task, self.kept = plan, task, kept
         self.objective = plan.objective.local(plan.model, task, kept.objective)
         self.added_loss = plan.adaptation.added_loss(plan.model, task)
+        self.accumulation = Accumulation()
         self._begun = time.monotonic()
         self.train(parameters)
 
@@ -106,17 +109,20 @@ class LocalRun:
             raise ClientTimeoutError(f"not done after {limit:g} s and {steps} steps")
 
     def loss(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Return what is minimised, and note the loss.
+        """Return what is minimised, and note the loss; of each batch by the part that its labels have in the step.
 
         Args:
             loss: The model's own on a batch, with `added_loss` in it.
             batch: The batch.
         """
         self.notes.loss(loss, batch)
-        return self.objective.loss(loss, batch)
+        weight = self.accumulation.weight(batch)
+        minimised = self.objective.loss(loss, batch)
+        return minimised if weight == 1 else weight * minimised
 
     def before_step(self, optimizer: Optimizer, clip: Callable[[], None]) -> None:
-        """Measure the gradients, clip them, then let the objective correct them."""
+        """Bring the gradients to those of one batch, measure and clip them, then let the objective correct them."""
+        self.accumulation.end(self.parameters.values())
         self.notes.gradients()
         clip()
         self.objective.correct_gradients(optimizer.param_groups[0]["lr"])

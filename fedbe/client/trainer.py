@@ -63,6 +63,21 @@ def local_steps(options: Mapping[str, Any], batches: int) -> int:
     return int(min([*limits, *([epochs * per_epoch] if epochs > 0 else [])]))
 
 
+def batches_per_step(options: Mapping[str, Any], batches: int) -> float:
+    """Return how many batches a client's local steps accumulate on the average: the last of an epoch may be short.
+
+    Args:
+        options: See `local_steps`.
+        batches: Number of the client's batches.
+    """
+    accumulate, taken = options.get("accumulate_grad_batches", 1), epoch_batches(options, batches)
+    steps = local_steps(options, batches)
+    if not steps:
+        return 0.0
+    epochs, rest = divmod(steps, math.ceil(taken / accumulate))
+    return float(epochs * taken + min(rest * accumulate, taken)) / steps
+
+
 def epoch_batches(options: Mapping[str, Any], batches: int) -> int:
     """Return how many of a client's batches it takes in an epoch, as ``limit_train_batches`` says."""
     limit = options.get("limit_train_batches", 1.0)

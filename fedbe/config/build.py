@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from fedbe.client.plan import LocalPlan
-from fedbe.client.trainer import QUIET, trainer_options
+from fedbe.client.trainer import QUIET, epoch_batches, trainer_options
 from fedbe.config.run import RunConfig
-from fedbe.data import PooledData
+from fedbe.data import FederatedDataModule, PooledData
 from fedbe.engines.remote import RemoteClient
 from fedbe.errors import ConfigError, Problem
 from fedbe.federation.callback import FederatedCallback
@@ -111,8 +111,28 @@ def connect_data(run: RunConfig) -> None:
     problems = run.federation.check_cohort(len(run.data.client_ids))
     empty = [client for client in run.data.client_ids if not len(cast(Sized, run.data.client_dataset(client)))]
     problems += [Problem("data", client, "this client has no sample: leave it out of `client_ids`") for client in empty]
+    problems += check_shares(trainer_options(run.trainer), run.data)
     if problems:
         raise ConfigError(*problems)
+
+
+def check_shares(options: Mapping[str, Any], data: FederatedDataModule) -> list[Problem]:
+    """Return a problem where the share of its batches that a client takes leaves one of them nothing.
+
+    Args:
+        options: The arguments of a client's `L.Trainer`.
+        data: Set up, of clients that hold samples.
+    """
+    share = options.get("limit_train_batches", 1.0)
+    if isinstance(share, int) or share >= 1:
+        return []
+    batches = {client: len(data.client_dataloader(client, torch.Generator())) for client in data.client_ids}
+    left = [client for client, count in batches.items() if count and not epoch_batches(options, count)]
+    if not left:
+        return []
+    remedy = f"leaves {len(left)} of {len(batches)} clients nothing, {left[0]!r} for one, which has {batches[left[0]]} "
+    remedy += "batches: give a number of batches, or a larger share"
+    return [Problem("trainer.limit_train_batches", share, remedy)]
 
 
 def remote_client(run: RunConfig, client_id: str) -> RemoteClient:

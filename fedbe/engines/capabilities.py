@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fedbe.allocation import Capabilities
 from fedbe.allocation.cost import CostModel
 from fedbe.client.plan import LocalPlan
-from fedbe.client.trainer import local_steps
+from fedbe.client.trainer import batches_per_step, local_steps
 from fedbe.data import Batch
 from fedbe.errors import under
 
@@ -28,6 +28,8 @@ def simulated_capabilities(plan: LocalPlan, samples: Mapping[str, int], rows: Ba
         plan.clock.fleet.setup(list(samples), plan.seed)
     inputs = {name: tensor.to(plan.model.device) for name, tensor in rows.items()}
     costs = CostModel.of(plan.model, inputs, plan.optimizer, plan.adaptation.trainable_names)
-    each_step = data.batch_size * trainer.get("accumulate_grad_batches", 1) * (1 + plan.objective.extra_samples)
-    steps = {client: local_steps(trainer, math.ceil(count / data.batch_size)) for client, count in samples.items()}
+    each_batch = data.batch_size * (1 + plan.objective.extra_samples)
+    batches = {client: math.ceil(count / data.batch_size) for client, count in samples.items()}
+    steps = {client: local_steps(trainer, count) for client, count in batches.items()}
+    each_step = {client: each_batch * batches_per_step(trainer, count) for client, count in batches.items()}
     return Capabilities(plan.clock, costs, steps, each_step, plan.seed)

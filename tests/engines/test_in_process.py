@@ -133,7 +133,8 @@ def test_simulated_devices_are_counted_on_the_model_as_it_is():
     engine = started(algorithm=BlockExpansion([0]), **options)
     capabilities = engine.capabilities
     assert capabilities.steps == {"client-0": 2, "client-1": 4, "client-2": 4, "client-3": 6}
-    assert capabilities.samples_per_step == 8 and engine.available(0) == list(engine.client_ids)
+    assert list(capabilities.samples_per_step.values()) == [8, 4 * 3 / 2, 8, 4 * 5 / 3]  # the last step may be short
+    assert engine.available(0) == list(engine.client_ids)
     larger = started(algorithm=BlockExpansion([0, 1, 2]), **options)
     first, second = (e.capabilities.cost(task_of(e, "client-0")) for e in (engine, larger))
     assert second.memory_bytes > first.memory_bytes and second.forward_flops > first.forward_flops
