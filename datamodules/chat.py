@@ -80,8 +80,9 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.date = date
         self.arguments = arguments
+        self._control: dict[str, list[str]] = {}
 
-    @property
+    @cached_property
     def roles(self) -> frozenset[str]:
         """The roles that there are: the usual ones, and words in quotation marks of the template."""
         return ROLES | set(re.findall(r"""['"](\w+)['"]""", self._source(None)))
@@ -110,13 +111,17 @@ class ChatTemplate:
         """Return a character that nothing holds, and the conversation with it inside each control token of a text."""
         everything = json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, default=str)
         cut = next(chr(code) for code in _PRIVATE if chr(code) not in everything)
-        control = control_tokens(self.tokenizer, self._source(conversation.tools))
-        special = control_tokens(self.tokenizer, "")
+        control, special = self._control_tokens(self._source(conversation.tools)), self._control_tokens("")
         messages: list[Message] = [
             {**cut_apart(rest, special if role == "assistant" else control, cut), "role": role}
             for role, rest in ((message["role"], message) for message in conversation.messages)
         ]
         return cut, messages, cut_apart(conversation.tools, control, cut)
+
+    def _control_tokens(self, source: str) -> list[str]:
+        if source not in self._control:
+            self._control[source] = control_tokens(self.tokenizer, source)
+        return self._control[source]
 
     def _source(self, tools: Any) -> str:
         return dated(self.tokenizer.get_chat_template(None, tools), self.date)
@@ -124,7 +129,7 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Any = None, prompt: bool = False, spans: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        texts, found = render_jinja_template(  # type: ignore[misc]  # annotated as a string, returns two lists
+        rendered: Any = render_jinja_template(  # annotated as a string; it returns two lists
             conversations=[list(messages)],
             tools=tools,
             chat_template=self._source(tools),
@@ -132,7 +137,8 @@ class ChatTemplate:
             return_assistant_tokens_mask=spans,
             **{**self.tokenizer.special_tokens_map, **self.arguments},
         )
-        return texts[0], found[0] if spans else []  # type: ignore[return-value]
+        texts, found = rendered
+        return texts[0], found[0] if spans else []
 
     def _marked(self, text: str, messages: Sequence[Message], tools: Any) -> list[Span | None]:
         spans: list[Span | None] = []

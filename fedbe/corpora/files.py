@@ -110,7 +110,8 @@ class FilesCorpus:
     @property
     def _added(self) -> list[str]:
         """The columns that say where a row comes from, and are no part of what identifies it."""
-        return [self.client_column] * bool(self.files) + [self.file_column] * (self.file_column is not None)
+        clients = [self.client_column] if self.files else []
+        return clients if self.file_column is None else [*clients, self.file_column]
 
     def _sources(self) -> dict[str, list[SourceFile]]:
         """Return the files of each split that has its own."""

@@ -46,7 +46,7 @@ class Ragged:
 
     def without_empty(self) -> Ragged:
         """Return the sequences that have a token."""
-        return Ragged(self.tokens, self.offsets.unique_consecutive())
+        return Ragged(self.tokens, torch.cat([self.offsets[:1], self.offsets[1:][self.offsets.diff() > 0]]))
 
     def span(self, index: int) -> slice:
         """Return where sequence ``index`` lies in `tokens`.
