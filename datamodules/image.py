@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from PIL.Image import Image, Resampling
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
@@ -16,24 +14,23 @@ from fedbe.datamodules.classification import LabelledDataModule
 from fedbe.datamodules.flower import FlowerPartitioner
 from fedbe.datamodules.partition import Partitioner
 from fedbe.errors import Problem
+from fedbe.modeling.images import default_processor, pixel_values, processor_fault, takes_pictures
 
 
 class ImageClassificationDataModule(LabelledDataModule):
     """Pictures and their classes, for ViT and its kin.
 
-    Pictures are decoded when they are asked for, resized to the model's ``image_size`` (bilinear, the whole picture),
-    scaled to [0, 1] and normalised. Mean and deviation are those of the processor that `connect` receives in place of
-    a tokenizer, or the arguments. Batches hold ``pixel_values``, ``[samples, channels, height, width]``, float32, and
-    ``labels``, ``[samples]``.
+    Pictures are decoded when they are asked for and prepared by the model's own image processor, which `connect`
+    receives in place of a tokenizer and which is exported with the model; without one, by
+    `fedbe.modeling.images.default_processor`. Batches hold ``pixel_values``, ``[samples, channels, height, width]``,
+    float32, and ``labels``, ``[samples]``.
 
     Args:
-        corpus: Source of the three splits; pictures are `datasets.Image` columns.
+        corpus: Source of the three splits, such as `fedbe.corpora.ImageFolder`; pictures are `datasets.Image` columns.
         partitioner: Rule that gives each client its rows.
         image_column: Column of the picture.
         label_column: Column of the class: strings, integers, booleans or a `datasets.ClassLabel`.
         labels: Names of the classes in order, see `LabelSet`; ``None`` to take those of the training split.
-        mean: Mean of every channel in [0, 1], where no processor says otherwise.
-        deviation: Standard deviation of every channel, where no processor says otherwise.
         batch_size: Samples in a client's local step.
         eval_batch_size: Samples in a validation or test batch; ``None`` for four times `batch_size`.
     """
@@ -45,27 +42,35 @@ class ImageClassificationDataModule(LabelledDataModule):
         image_column: str = "image",
         label_column: str = "label",
         labels: list[str] | None = None,
-        mean: float = 0.5,
-        deviation: float = 0.5,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
     ) -> None:
         super().__init__(corpus, partitioner, label_column, labels, batch_size, eval_batch_size)
         self.image_column = image_column
-        self.mean = mean
-        self.deviation = deviation
 
     def _columns(self) -> Mapping[str, str]:
         return {"image_column": self.image_column, "label_column": self.label_column}
 
-    def _argument_problems(self, key: str) -> list[Problem]:
-        return [] if self.deviation > 0 else [Problem(f"{key}.deviation", self.deviation, "must be above 0.")]
+    @property
+    def processor(self) -> Any:
+        """What prepares pictures for the connected model.
+
+        Raises:
+            RuntimeError: None is connected yet.
+        """
+        if self.model_config is None:
+            raise RuntimeError("`setup` needs the model's configuration; call `connect` first.")
+        return self.tokenizer or default_processor(self.model_config)
 
     def _model_problems(self, key: str) -> list[Problem]:
-        if self.model_config is None or hasattr(self.model_config, "image_size"):
+        config = self.model_config
+        if config is None:
             return []
-        remedy = "does not take pictures: its configuration has no `image_size`; name an image model."
-        return [Problem("model.name", self.model_config.name_or_path or self.model_config.model_type, remedy)]
+        name = config.name_or_path or config.model_type
+        if not takes_pictures(config):
+            return [Problem("model.name", name, "does not take pictures; name an image model.")]
+        fault = processor_fault(self.processor, config)
+        return [Problem("model.name", name, fault)] if fault else []
 
     def _row_problems(self, key: str) -> list[Problem]:
         faults = (self._picture_fault(split) for split in SPLITS)
@@ -81,40 +86,21 @@ class ImageClassificationDataModule(LabelledDataModule):
         return f"{missing} rows of the {split} split have no picture; drop them." if missing else None
 
     def _encode(self, rows: Dataset, split: str) -> TorchDataset[dict[str, Tensor]]:
-        if self.model_config is None:
-            raise RuntimeError("`setup` needs the model's configuration; call `connect` first.")
-        size, channels = self.model_config.image_size, getattr(self.model_config, "num_channels", 3)
-        height, width = (size, size) if isinstance(size, int) else size
-        mean = _per_channel(getattr(self.tokenizer, "image_mean", None), self.mean, channels)
-        deviation = _per_channel(getattr(self.tokenizer, "image_std", None), self.deviation, channels)
         targets = torch.tensor(self.label_set.classes(rows), dtype=torch.int64)
-        return _Pictures(rows.select_columns(self.image_column), targets, (height, width), mean, deviation)
+        channels = getattr(self.model_config, "num_channels", 3)
+        return _Pictures(rows.select_columns(self.image_column), targets, self.processor, channels)
 
 
 class _Pictures(TorchDataset[dict[str, Tensor]]):
-    def __init__(self, rows: Dataset, targets: Tensor, size: tuple[int, int], mean: Tensor, deviation: Tensor) -> None:
+    def __init__(self, rows: Dataset, targets: Tensor, processor: Any, channels: int) -> None:
         self.rows = rows
         self.targets = targets
-        self.size = size
-        self.mean = mean
-        self.deviation = deviation
+        self.processor = processor
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         (picture,) = self.rows[index].values()
-        pixels = pixel_values(picture, self.size, channels=len(self.mean))
-        return {"pixel_values": (pixels - self.mean) / self.deviation, "labels": self.targets[index]}
-
-
-def pixel_values(picture: Image, size: tuple[int, int], channels: int = 3) -> Tensor:
-    """Return a picture as ``[channels, height, width]`` in [0, 1], float32, resized to ``size`` (height, width)."""
-    picture = picture.convert("RGB" if channels == 3 else "L").resize((size[1], size[0]), Resampling.BILINEAR)
-    pixels = np.asarray(picture, dtype=np.float32).reshape(*size, -1) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _per_channel(known: Any, default: float, channels: int) -> Tensor:
-    values = list(known) if known is not None and len(known) == channels else [default] * channels
-    return torch.tensor(values, dtype=torch.float32).view(channels, 1, 1)
+        return {"pixel_values": pixel_values(self.processor, picture, self.channels), "labels": self.targets[index]}

@@ -15,8 +15,9 @@ from fedbe.algorithms.topology import Topology
 from fedbe.allocation import SimulatedClock
 from fedbe.client.schedule import Schedule
 from fedbe.data import Batch, FederatedDataModule
-from fedbe.errors import under
+from fedbe.errors import ConfigError, Problem, under
 from fedbe.messages import Structure
+from fedbe.modeling.index import ModelIndex
 from fedbe.objectives import Objective, Plain
 from fedbe.prefix import PrefixReuse
 
@@ -72,7 +73,7 @@ def prepare_model(plan: LocalPlan, inputs: Batch, structure: Structure | None = 
         structure: The structure to build; ``None`` for the one that the configuration says.
 
     Raises:
-        ConfigError: The objective does not fit this model.
+        ConfigError: The objective does not fit this model, or training would change running statistics.
         ExpansionError: The model cannot be changed without changing its outputs.
     """
     with under("client.objective.init_args"):
@@ -80,4 +81,9 @@ def prepare_model(plan: LocalPlan, inputs: Batch, structure: Structure | None = 
     plan.adaptation.seed, plan.adaptation.tokenizer = plan.seed, plan.tokenizer
     plan.adaptation.observe_base(plan.model)
     plan.adaptation.prepare(plan.model, inputs, structure)
+    if norms := ModelIndex(plan.model).changing_statistics(plan.adaptation.trainable_names):
+        remedy = (
+            f"has batch norms that would be trained ({norms[0]}): their running statistics are in no client's update"
+        )
+        raise ConfigError(Problem("model.name", plan.model.name_or_path, f"{remedy}; name a model with layer norms"))
     plan.topology.prepared(plan.model, plan.adaptation)

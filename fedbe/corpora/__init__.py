@@ -1,10 +1,11 @@
-"""Where text comes from: documentation and headers of the installation, files, the Hub, saved data sets."""
+"""Where rows come from: documentation and headers of the installation, files, pictures, the Hub, saved data sets."""
 
 from fedbe.corpora.base import SPLITS, Corpus, Described, split_of
 from fedbe.corpora.documentation import InstalledDocumentation
 from fedbe.corpora.files import FilesCorpus, HubCorpus, SavedCorpus
 from fedbe.corpora.headers import TorchHeaders
 from fedbe.corpora.passages import Passages
+from fedbe.corpora.pictures import ImageFolder
 
 __all__ = [
     "SPLITS",
@@ -12,6 +13,7 @@ __all__ = [
     "Described",
     "FilesCorpus",
     "HubCorpus",
+    "ImageFolder",
     "InstalledDocumentation",
     "Passages",
     "SavedCorpus",

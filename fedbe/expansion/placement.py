@@ -291,7 +291,7 @@ def share_left(position: int, taken: Iterable[int], spacing: float) -> float:
 
 def check_positions(positions: list[int] | int, depth: int, key: str) -> list[Problem]:
     """Return a problem when these blocks, or so many, are not among `depth` blocks."""
-    if isinstance(positions, int):
+    if isinstance(positions, int) or depth == 0:
         return _count_problems(key, positions, depth)
     if positions and all(0 <= position < depth for position in positions):
         return []
@@ -299,8 +299,11 @@ def check_positions(positions: list[int] | int, depth: int, key: str) -> list[Pr
     return [Problem(key, positions, remedy)]
 
 
-def _count_problems(key: str, count: int, depth: int) -> list[Problem]:
-    if 1 <= count <= depth:
+def _count_problems(key: str, count: Sequence[int] | int, depth: int) -> list[Problem]:
+    if depth == 0:
+        remedy = "the base model's configuration states no number of blocks, between which new ones could go"
+        return [Problem(key, count, f"{remedy}: name a model that is a list of blocks (BERT, Llama, ViT, …)")]
+    if isinstance(count, int) and 1 <= count <= depth:
         return []
     return [Problem(key, count, f"a number of blocks lies between 1 and the depth, {depth}")]
 

@@ -28,6 +28,7 @@ from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.modeling.checkpointing import enable_gradient_checkpointing
 from fedbe.modeling.families import stated_depth
 from fedbe.modeling.head import agree_on_padding, renew_head, set_classes, set_padding
+from fedbe.modeling.images import default_processor
 
 MICRO = "fedbe:micro"
 PACKAGE = "package:"
@@ -165,7 +166,8 @@ class GivenModel(BaseModel):
 
     Args:
         model: With a head for the task.
-        processor: Its tokenizer or image processor; ``None`` if the data needs none.
+        processor: Its tokenizer or image processor; ``None`` if the data needs none. A model of pictures is then given
+            one that takes whole pictures of its size, values in [-1, 1].
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any = None) -> None:
@@ -177,6 +179,8 @@ class GivenModel(BaseModel):
         self.model, self.config, self.processor = model, model.config, processor
         if self.task == "sequence-classification":
             agree_on_padding(processor, self.config)
+        elif self.task == "image-classification" and processor is None:
+            self.processor = default_processor(self.config)
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return a problem for a model of no task that there is."""

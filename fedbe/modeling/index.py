@@ -112,6 +112,12 @@ class ModelIndex:
             if module.training != (module in training):
                 module.train(module in training)
 
+    def changing_statistics(self, names: Iterable[str]) -> list[str]:
+        """Return the batch norms whose running statistics would change while these parameters train: no parameters."""
+        training = self._training(self._known(names))
+        moving = ((name, module) for name, module in self.model.named_modules() if module in training)
+        return [name for name, module in moving if getattr(module, "running_mean", None) is not None]
+
     def _training(self, names: set[str]) -> set[nn.Module]:
         """Return the modules that are in training mode when these parameters train."""
         if len(names) == len(self._by_name):
