@@ -19,9 +19,9 @@ _FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val", "d
 class ImageFolder:
     """Pictures in folders that are named after their classes: ``path/CLASS/….png``.
 
-    Where there are folders in ``path/train``, those are the classes', and ``path/validation`` and ``path/test`` hold the
-    other splits in the same way. A split without a folder of its own is drawn from the training pictures by a hash of
-    each file's path in the folder. Rows have ``image``, ``label`` (a `datasets.ClassLabel`) and ``file``, that path.
+    If ``path/train`` holds folders, these are the classes', and ``path/validation`` and ``path/test`` hold the other
+    splits in the same way. A split without a folder of its own is drawn from the training pictures by a hash of each
+    file's path in the folder. Rows have ``image``, ``label`` (a `datasets.ClassLabel`) and ``file``, that path.
 
     Args:
         path: The folder.

@@ -2,10 +2,9 @@ from itertools import chain
 
 import numpy as np
 import pytest
-import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pictures
-from transformers import RobertaConfig, ViTConfig, ViTForImageClassification
+from transformers import BitImageProcessor, RobertaConfig, ViTConfig, ViTForImageClassification
 
 from fedbe.datamodules import IIDPartitioner, ImageClassificationDataModule, SequenceClassificationDataModule
 from fedbe.errors import ConfigError, Facts
@@ -122,7 +121,7 @@ def image_module(corpus, rows: Dataset, processor: object = None) -> ImageClassi
     return data
 
 
-def test_pictures_are_resized_to_the_model_and_normalised(corpus):
+def test_pictures_are_resized_to_the_model_and_normalised_where_there_is_no_processor(corpus):
     data = image_module(corpus, pictures())
     (batch,) = data.test_dataloader()
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
@@ -130,13 +129,54 @@ def test_pictures_are_resized_to_the_model_and_normalised(corpus):
     assert ViTForImageClassification(VIT)(**batch).logits.shape == (4, 2)
 
 
-def test_the_processors_mean_and_deviation_are_used(corpus):
-    class Processor:
-        image_mean = [0.0, 0.0, 1.0]  # noqa: RUF012
-        image_std = [1.0, 1.0, 2.0]  # noqa: RUF012
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"image_mean": [0.0, 0.1, 1.0], "image_std": [1.0, 1.0, 2.0]},
+        {"resample": 3},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5, "do_normalize": False},
+        {"size": {"shortest_edge": 12}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}},
+        {"size": {"height": 10, "width": 10}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}},
+        {"size": {"longest_edge": 8}, "do_pad": True, "pad_size": {"height": 8, "width": 8}},
+        {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}},
+    ],
+)
+def test_pictures_are_what_the_models_own_processor_makes_of_them(corpus, settings):
+    processor = BitImageProcessor(**{"size": {"height": 8, "width": 8}, "do_center_crop": False, **settings})
+    rows = pictures()
+    data = image_module(corpus, rows, processor)
+    expected = [processor(images=row["image"], return_tensors="pt")["pixel_values"][0] for row in rows]
+    found = [data.test_dataset()[index]["pixel_values"] for index in range(len(rows))]
+    assert all(pixels.equal(other) for pixels, other in zip(found, expected, strict=True))
 
-    sample = image_module(corpus, pictures(), Processor()).test_dataset()[1]
-    torch.testing.assert_close(sample["pixel_values"][:, 0, 0], torch.tensor([60 / 255, 0.0, 0.0]))
+
+def test_pictures_of_any_mode_reach_a_model_of_one_channel_and_of_three(corpus):
+    shade = Pictures.new("RGB", (6, 4), (200, 0, 0))
+    modes = {"image": [shade.convert(mode) for mode in ("RGB", "L", "RGBA", "P", "CMYK", "1")], "label": [0, 1] * 3}
+    rows = Dataset.from_dict(modes, features=Features({"image": Image(), "label": Value("int64")}))
+    for channels in (1, 3):
+        config = ViTConfig(**VIT.to_dict() | {"num_channels": channels})
+        data = ImageClassificationDataModule(corpus(rows), IIDPartitioner(2))
+        data.connect(None, config, seed=0)
+        data.setup()
+        (batch,) = data.test_dataloader()
+        assert batch["pixel_values"].shape == (6, channels, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": {"shortest_edge": 8}, "do_center_crop": False}, "unequal shapes"),
+        ({"size": {"height": 12, "width": 12}, "do_center_crop": False}, "does not take pictures of shape"),
+    ],
+)
+def test_a_processor_that_does_not_fit_the_model_is_refused(corpus, settings, words):
+    data = ImageClassificationDataModule(corpus(pictures()), IIDPartitioner(2))
+    with pytest.raises(ConfigError, match=words) as raised:
+        data.connect(BitImageProcessor(**settings), VIT, seed=0)
+    assert raised.value.problems[0].key == "model.name"
 
 
 def test_a_text_model_and_a_column_without_pictures_are_refused(corpus, llama_config):
