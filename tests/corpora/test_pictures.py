@@ -61,7 +61,7 @@ def test_a_class_may_be_called_train_and_what_is_no_picture_is_counted(tmp_path,
     (tmp_path / "bus" / ".hidden").write_text("")
     assert corpus.check("data", Facts()) == []
     assert corpus.load("train").features["label"].names == ["bus", "train"] and len(corpus.load("train")) == 3
-    assert "1 files are no pictures" in caplog.text and "notes.txt" in caplog.text
+    assert "1 files" in caplog.text and "notes.txt" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,6 @@ def test_pictures_are_resized_to_the_model_and_normalised_where_there_is_no_proc
         {"rescale_factor": 1 / 127.5, "do_normalize": False},
         {"size": {"shortest_edge": 12}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}},
         {"size": {"height": 10, "width": 10}, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}},
-        {"size": {"longest_edge": 8}, "do_pad": True, "pad_size": {"height": 8, "width": 8}},
         {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 8, "width": 8}},
     ],
 )
