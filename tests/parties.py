@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from toy import ToyData, adamw, tiny_llama
 
@@ -18,11 +19,22 @@ from fedbe.engines import InProcess
 from fedbe.engines.loopback import LoopbackChannel
 from fedbe.engines.remote import RemoteClient, RemoteEngine, unframed
 from fedbe.messages import Message
+from fedbe.seeding import generator
 
 CLIENTS = ("client-0", "client-1", "client-2")
 TIMES = {"wall_seconds", "evaluation_seconds"}
 MEASURED = {"client_seconds", "simulated_seconds"}
 ELSEWHERE = {"peak_rss_bytes", "versions", "engine", "prefix"}
+
+
+class Marked(ToyData):
+    """The first row of each client is one that nobody would guess."""
+
+    def client_dataset(self, client_id):
+        sequences = super().client_dataset(client_id)
+        rows = sequences.rows.clone()
+        rows[0] = torch.randint(32, (rows.shape[1],), generator=generator(0, "canary", client_id))
+        return type(sequences)(rows)
 
 
 class NoRows(ToyData):
@@ -36,7 +48,7 @@ class NoRows(ToyData):
         raise AssertionError("the server has no training rows")
 
 
-class OwnRows(ToyData):
+class OwnRows(Marked):
     """Has the training rows of one client and no others, and what its model is scored on."""
 
     def __init__(self, client_id: str, **options: Any):
@@ -118,7 +130,7 @@ def over_bytes(make, folder: Path, clients: Sequence[RemoteClient] | None = None
 
 def in_process(make, folder: Path, engine=None, **changes: Any) -> None:
     """Run a case in this process."""
-    federated(make, folder, ToyData(clients=len(CLIENTS)), engine or InProcess(), **changes).fit()
+    federated(make, folder, Marked(clients=len(CLIENTS)), engine or InProcess(), **changes).fit()
 
 
 def outcome(folder: Path, clocked: bool = False) -> dict[str, Any]:

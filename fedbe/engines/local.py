@@ -14,7 +14,7 @@ from fedbe.data import Batch
 from fedbe.engines.base import Engine, failure
 from fedbe.engines.capabilities import simulated_capabilities
 from fedbe.evaluation.downstream import evaluate_downstream
-from fedbe.messages import Evaluate, Evaluation, FitTask, Outcome, ProbeReport, Structure
+from fedbe.messages import Evaluate, Evaluation, FitTask, Outcome, ProbeReport, Structure, Update
 from fedbe.modeling.tensors import copy_tensors, load_tensors
 from fedbe.seeding import generator
 from fedbe.storage.tensor_names import grouped, prefixed
@@ -81,11 +81,15 @@ class LocalEngine(Engine):
             rows = next(iter(self.plan.data.client_dataloader(self.client_ids[0], own)))
             self._capabilities = simulated_capabilities(self.plan, self.samples, rows)
 
+    def train(self, task: FitTask) -> Update:
+        """Train one client."""
+        self._trimming.before_client()
+        return self.training.train(task)
+
     def attempt(self, task: FitTask) -> Outcome:
         """Train one client; what it raises is its own failure, and leaves no gradient behind."""
-        self._trimming.before_client()
         try:
-            return self.training.train(task)
+            return self.train(task)
         except Exception as error:  # whatever a client's data, model or callbacks do
             self.plan.model.zero_grad(set_to_none=True)
             self.plan.adaptation.leave(self.plan.model)

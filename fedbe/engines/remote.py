@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -54,6 +55,11 @@ Request = Probe | Prepare | FitTask | Evaluate
 
 _ANSWERS: Mapping[type, type] = {Probe: ProbeReport, Prepare: Prepared, FitTask: Update, Evaluate: Evaluation}
 """What it answers if nothing fails."""
+
+_OWN_WORDS = tuple(
+    f"fedbe.{part}" for part in ("adaptation", "algorithms", "client", "engines", "expansion", "messages")
+)
+"""Modules whose errors quote names, shapes and settings, and never a client's data."""
 
 _ONE_AT_A_TIME = threading.Lock()
 """Held by the client of this process that computes: torch's global generator is one for all threads."""
@@ -384,13 +390,17 @@ class RemoteClient:
         self.client_id, self.most_bytes = client_id, most_bytes
         self.engine = InProcess()
         self._inputs: Batch | None = None
+        self._report: ProbeReport | None = None
+        self._base = ""
 
     def start(self) -> Greeting:
-        """Load the client's rows, and return who it is."""
-        self.plan.data.setup_client(self.client_id)
-        self.engine.start(self.plan)
+        """Load the client's rows, once, and return who it is; what it keeps lasts from one server to the next."""
+        if not self._base:
+            self.plan.data.setup_client(self.client_id)
+            self.engine.start(self.plan)
+            self._base = fingerprint(self.plan.model)
         samples = self.engine.training.samples(self.client_id)
-        return Greeting(self.client_id, samples, fingerprint(self.plan.model))
+        return Greeting(self.client_id, samples, self._base)
 
     def serve(self, connection: Connection) -> None:
         """Greet, then answer until the run is over or the server has gone."""
@@ -422,19 +432,35 @@ class RemoteClient:
             if client_of(message) != self.client_id:
                 raise MessageError(f"{type(message).__name__} is for {client_of(message)!r}, not {self.client_id!r}")
             if isinstance(message, Probe):
-                return self.engine.probe([self.client_id])[0]
+                return self._probe()
             if isinstance(message, Prepare):
                 self._come_to(message.structure)
                 return Prepared(self.client_id, structure_version(message.structure))
             if isinstance(message, FitTask):
                 self._come_to(message.structure)
-                return self.engine.attempt(message)
+                return self.engine.train(message)
             if isinstance(message, Evaluate):
                 self._come_to(message.task.structure)
                 return next(iter(list(self.engine.evaluate([message]))))
             raise MessageError(f"{type(message).__name__} is nothing that a client is asked")
         except Exception as error:  # whatever the client's data, model or callbacks do
+            _log.warning("Client %r could not do what it was asked.", self.client_id, exc_info=error)
+            self._leave()
             return self._failure(error)
+
+    def _probe(self) -> ProbeReport:
+        """Return what the client reports of the base model, which is there until the adapted model is built."""
+        if self._report is None:
+            if self._inputs is not None:
+                raise MessageError("the base model is there no longer: start the client afresh")
+            self._report = self.engine.probe([self.client_id])[0]
+        return self._report
+
+    def _leave(self) -> None:
+        """Leave nothing of a task that has failed in the model."""
+        self.plan.model.zero_grad(set_to_none=True)
+        if self._inputs is not None:
+            self.plan.adaptation.leave(self.plan.model)
 
     def _come_to(self, structure: Structure) -> None:
         """Build the adapted model, or grow it, if it is not of this structure; what the client keeps is renamed."""
@@ -455,7 +481,22 @@ class RemoteClient:
 
     def _failure(self, error: Exception) -> Failure:
         structure = {} if self._inputs is None else self.plan.adaptation.structure()
-        return failure(self.client_id, error, structure_version(structure))
+        return discreet(failure(self.client_id, error, structure_version(structure)), error)
+
+
+def discreet(failure: Failure, error: Exception) -> Failure:
+    """Return a failure as the server may know it: an error that others raise may quote a client's data.
+
+    Args:
+        failure: With all that the error says.
+        error: What the client has raised.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    if any(module.startswith(own) for own in _OWN_WORDS):
+        return failure
+    where = f" in {module}, line {frames[-1].f_lineno}" if frames else ""
+    return replace(failure, reason=f"{type(error).__name__}{where}: the client's own log says more")
 
 
 def client_of(message: Message) -> str:

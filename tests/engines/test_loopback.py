@@ -44,6 +44,7 @@ from fedbe.errors import ConfigError
 from fedbe.evaluation import SampledTextTask
 from fedbe.expansion.growth import Plateau
 from fedbe.expansion.placement import AdaptivePlacement, FixedPlacement
+from fedbe.federation.callback import FederatedCallback, Phase
 from fedbe.objectives import Anchor, FedProx, Scaffold
 from fedbe.prefix import PrefixReuse
 
@@ -200,3 +201,38 @@ def test_a_cohort_larger_than_the_clients_that_came_is_refused_before_any_of_the
     with pytest.raises(ConfigError, match=r"federation\.cohort = 4: .* from 1 to 3"):
         federated(dict, tmp_path / "run", NoRows(), RemoteEngine(channel, 3), cohort=4).fit()
     assert {type(sent.message).__name__ for sent in channel.seen} == {"Greeting", "Farewell"}
+
+
+class Interrupted(FederatedCallback):
+    """Ends the run once, after a round that is on disk."""
+
+    phase = Phase.DISPLAY
+    come = False
+
+    def on_round_written(self, run):
+        if run.record.round == 2 and not Interrupted.come:
+            Interrupted.come = True
+            raise KeyboardInterrupt
+
+
+CONTINUED = {
+    "B of one's own": lambda: {"algorithm": FedSALoRA(rank=2)},
+    "control variates": lambda: {"objective": Scaffold(), "optimizer": sgd},
+    "a gate after probes": lambda: {"algorithm": Gated(FedBE(), **WRITES), "clock": devices()},
+}
+
+
+@pytest.mark.parametrize("case", CONTINUED)
+def test_clients_that_are_still_there_go_on_with_a_server_that_continues(case, tmp_path, monkeypatch):
+    def make():
+        return {**CONTINUED[case](), "rounds": 4, "cohort": 2, "callbacks": [Interrupted()]}
+
+    monkeypatch.setattr(Interrupted, "come", True)
+    in_process(make, tmp_path / "here", Discreet())
+    monkeypatch.setattr(Interrupted, "come", False)
+    clients = [client(make, name) for name in CLIENTS]
+    with pytest.raises(KeyboardInterrupt):
+        over_bytes(make, tmp_path / "there", clients)
+    over_bytes(make, tmp_path / "there", clients, ckpt_path="last")
+    clocked = "clock" in make()
+    check_equal(*(outcome(tmp_path / place, clocked) for place in ("there", "here")))
