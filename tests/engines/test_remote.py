@@ -273,8 +273,8 @@ GOOD = Update("a", {"w": torch.ones(2)}, 3)
 ANSWERS = {
     "good": (lambda number, request: [framed(number, GOOD)], None),
     "its own failure": (lambda n, r: [framed(n, Failure("a", "memory", "too\nlittle"))], ("memory", "too little")),
-    "no message": (lambda n, r: [n.to_bytes(8, "big") + b"garbage"], ("update", "no message")),
-    "nothing": (lambda n, r: [n.to_bytes(8, "big")], ("update", "no message")),
+    "no message": (lambda n, r: [n.to_bytes(8, "big") + b"garbage"], ("update", "not a message")),
+    "nothing": (lambda n, r: [n.to_bytes(8, "big")], ("update", "not a message")),
     "another kind": (lambda n, r: [framed(n, Evaluation("a", 1.0, 0.0, 1))], ("update", "sent a Evaluation")),
     "another's name": (lambda n, r: [framed(n, replace(GOOD, client_id="b"))], ("update", "sent a Update")),
     "another's failure": (lambda n, r: [framed(n, Failure("b", "error", "x"))], ("update", "sent a Failure")),
