@@ -166,7 +166,7 @@ class FederatedLoop:
     def on_run_start(self) -> None:
         """Create the run's folder and score the base model as round 0."""
         self.folder.create(self.config)
-        self.summary["downstream_base"] = self.scorer.downstream(self.plan.data.test_dataloader())
+        self.summary["downstream_base"] = self.scorer.tested(self.plan.data)["downstream"]
         self.round.record = RoundRecord(0, explanation=self.algorithm.strategy.explanation())
         self._score_round()
         self.hooks.call("on_run_start")

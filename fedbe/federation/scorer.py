@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from fedbe.data import FederatedDataModule
 from fedbe.engines.base import Engine
 from fedbe.evaluation.downstream import evaluate_downstream
 from fedbe.evaluation.personalised import summarise_clients
@@ -61,6 +62,18 @@ class Scorer:
         with self.timed():
             score = evaluate_downstream(self.server.model, batches)
         return {"accuracy": score.accuracy, "loss": score.loss}
+
+    def tested(self, data: FederatedDataModule) -> dict[str, Any]:
+        """Return how the global model scores on the test data.
+
+        Returns:
+            ``downstream``: ``accuracy``, ``loss`` and the accuracy's ``standard_error``; ``by_class``: what
+            `fedbe.evaluation.classes.class_scores` says of a classifier, ``None`` for another model.
+        """
+        with self.timed():
+            score = evaluate_downstream(self.server.model, data.test_dataloader(), True, data.class_names)
+        figures = {"accuracy": score.accuracy, "loss": score.loss, "standard_error": score.standard_error}
+        return {"downstream": figures, "by_class": score.by_class}
 
     def personalised(self, split: Split, experience: int, round_index: int) -> dict[str, float] | None:
         """Return how clients' own models score, ``mean``, ``min``, ``max`` and ``loss``.

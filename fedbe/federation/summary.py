@@ -18,7 +18,7 @@ def results(loop: FederatedLoop) -> dict[str, Any]:
         "seed": loop.plan.seed,
         "rounds": loop.progress.completed,
         "stop_reason": loop.stop_reason or f"all {loop.rounds} rounds are done",
-        "downstream": loop.scorer.downstream(loop.plan.data.test_dataloader()),
+        **loop.scorer.tested(loop.plan.data),
         "personalised": loop.scorer.personalised("test", loop.round.experience, loop.round.index),
         "left_out": left_out_counts(loop.plan.data.left_out),
         "trainable_parameters": sum(tensor.numel() for tensor in loop.server.state.values()),

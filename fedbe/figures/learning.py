@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fedbe.evaluation.tasks import RESERVED_NAME
 from fedbe.expansion.placement import Choice
 from fedbe.figures.allocation import allocation_figure
+from fedbe.figures.confusion import confusion_figure
 from fedbe.figures.placement import placement_figure
 from fedbe.figures.style import COLORS, GREY, STYLE, plain
 from fedbe.figures.tables import readable_share
@@ -178,8 +179,13 @@ def spread(values: Sequence[float], gap: float, highest: float) -> list[float]:
     return [place for _, place in sorted(zip(order, places, strict=True))]
 
 
-def figures(history: Records) -> Iterator[tuple[str, Figure]]:
-    """Yield the pictures of a run with their file names."""
+def figures(history: Records, summary: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """Yield the pictures of a run with their file names.
+
+    Args:
+        history: Its records.
+        summary: What `summary.json` holds of it.
+    """
     yield "learning.png", learning_figure(history)
     yield "learning_by_second.png", learning_figure(history, "simulated_seconds")
     yield "learning_by_byte.png", learning_figure(history, "bytes")
@@ -190,3 +196,5 @@ def figures(history: Records) -> Iterator[tuple[str, Figure]]:
     chosen = None if placement is None else placement_figure(Choice.from_dict(placement))
     if chosen is not None:
         yield "placement.png", chosen
+    if by_class := summary.get("by_class"):
+        yield "confusion.png", confusion_figure(by_class["confusion"])

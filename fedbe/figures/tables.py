@@ -60,7 +60,7 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if before and after:
         values = [before["accuracy"], after["accuracy"]]
         loss = after["loss"] - before["loss"]
-        yield "downstream", *map(_accuracy, values), f"{values[1] - values[0]:+.3f}", "", f"{loss:+.3f}"
+        yield "downstream", *map(_accuracy, (before, after)), f"{values[1] - values[0]:+.3f}", "", f"{loss:+.3f}"
     general, kept, losses = (summary.get(key) or {} for key in ("general", "retention", "delta_ce"))
     for name, score in general.get("base", {}).items():
         final = general["final"][name]
@@ -70,8 +70,9 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield "general, mean", "", "", "", _share(kept[RESERVED_NAME]), _signed(losses.get(RESERVED_NAME))
 
 
-def _accuracy(value: float) -> str:
-    return f"{value:.3f}"
+def _accuracy(score: Mapping[str, float]) -> str:
+    error = score.get("standard_error")  # summaries of earlier versions have none
+    return f"{score['accuracy']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _score(score: Mapping[str, float]) -> str:

@@ -147,7 +147,7 @@ def test_any_name_of_a_user_can_stand_in_any_picture_and_table(name, tmp_path, h
     warnings.simplefilter("ignore")  # about glyphs that a font lacks, and about room
     named = json.loads(json.dumps(history).replace('"c1"', json.dumps(name)).replace('"docs"', json.dumps(name)))
     named = json.loads(json.dumps(named).replace('"block 1"', json.dumps(name)))
-    for file, figure in figures(named):
+    for file, figure in figures(named, {}):
         save(figure, tmp_path / file)
     shares = [ClientShare(name, 5, labels=Counter({name: 5})), ClientShare("other", 5, labels=Counter({"b": 5}))]
     plot_partition(shares, tmp_path / "partition.png")

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -56,3 +58,21 @@ def test_data_without_labels_is_refused(model):
         evaluate_downstream(model, batches([(2, 6, 6)]))
     with pytest.raises(ValueError, match="`batches` holds no label"):
         evaluate_downstream(model, [])
+
+
+def test_a_classifier_is_scored_by_class_where_that_is_asked_for():
+    class Fixed(torch.nn.Module):
+        device, config = torch.device("cpu"), BertConfig()
+
+        def forward(self, logits):
+            return SimpleNamespace(logits=logits)
+
+    logits = torch.tensor([[2.0, 0], [0, 1], [3, 0], [1, 0]])
+    split = [
+        {"logits": logits[:3], "labels": torch.tensor([0, 1, 1])},
+        {"logits": logits[3:], "labels": torch.tensor([0])},
+    ]
+    score = evaluate_downstream(Fixed(), split, by_class=True, class_names=["ham", "spam"])
+    assert score.by_class["confusion"] == {"ham": {"ham": 2}, "spam": {"ham": 1, "spam": 1}}
+    assert score.accuracy == 0.75 and score.standard_error == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+    assert evaluate_downstream(Fixed(), split).by_class is None
