@@ -146,10 +146,10 @@ def measure_cost(size: Size) -> Cost:
 def write_model(folder: Path, depth: int) -> None:
     """Write the small model that comes along with so many blocks and random weights, and its tokenizer."""
     shipped = micro_path()
-    config = AutoConfig.from_pretrained(shipped, num_hidden_layers=depth)
+    config = AutoConfig.from_pretrained(shipped, num_hidden_layers=depth, trust_remote_code=False)
     with isolated_rng(0):
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
-    AutoTokenizer.from_pretrained(shipped).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(shipped, trust_remote_code=False).save_pretrained(folder)
 
 
 def write_texts(file: Path, count: int) -> None:

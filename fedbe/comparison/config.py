@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from fedbe.config.mistakes import collect
 from fedbe.config.parser import read_run, run_parser
+from fedbe.config.raw import load_yaml, merge, nest, read_yaml
 from fedbe.config.run import RunConfig
 from fedbe.dial import NEEDS as DIAL_NEEDS
 from fedbe.errors import ConfigError, Problem
@@ -181,9 +182,9 @@ def read_comparison(path: Path, variables: Mapping[str, str], options: Mapping[s
     Raises:
         ConfigError: It cannot be run; with every mistake.
     """
-    raw = _read_yaml(path, "config") | dict(options)
+    raw = read_yaml(path, "config") | dict(options)
     if isinstance(raw.get("base"), str):
-        raw["base"] = _read_yaml(path.parent / raw["base"], "base")
+        raw["base"] = read_yaml(path.parent / raw["base"], "base")
     missing: dict[str, Problem] = {}
     raw = _filled_in(raw, variables, missing)
     problems = [*missing.values(), *_unused(path, variables, raw)]
@@ -200,24 +201,14 @@ def slug(name: str) -> str:
 
 
 def _parsed(raw: dict[str, Any], problems: list[Problem]) -> ComparisonConfig:
-    parser = ArgumentParser(prog="fedbe compare", exit_on_error=False)
-    parser.add_class_arguments(ComparisonConfig)
-    found, _ = collect(parser, raw)
+    found, _ = collect(ComparisonConfig, raw)
     if problems or found:
         raise ConfigError(*problems, *found)
+    parser = ArgumentParser(prog="fedbe compare", exit_on_error=False)
+    parser.add_class_arguments(ComparisonConfig)
     values = parser.parse_object(deepcopy(raw)).as_dict()
     # The parser may read run configurations in its own way: they are kept to the letter.
     return ComparisonConfig(**(values | {key: raw[key] for key in ("base", "arms")}))
-
-
-def _read_yaml(path: Path, key: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(Problem(key, str(path), f"cannot be read as YAML: {' '.join(str(error).split())}")) from error
-    if not isinstance(content, dict):
-        raise ConfigError(Problem(key, str(path), "must hold a YAML mapping"))
-    return content
 
 
 def _filled_in(node: Any, variables: Mapping[str, str], missing: dict[str, Problem]) -> Any:
@@ -237,7 +228,7 @@ def _filled_in(node: Any, variables: Mapping[str, str], missing: dict[str, Probl
 def _unused(path: Path, variables: Mapping[str, str], raw: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield the variables that no text of the files asks for."""
     text = path.read_text(encoding="utf-8")
-    base = yaml.safe_load(text).get("base")
+    base = load_yaml(text).get("base")
     if isinstance(base, str):
         text += (path.parent / base).read_text(encoding="utf-8")
     asked = set(_PLACEHOLDER.findall(text))

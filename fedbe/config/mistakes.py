@@ -1,26 +1,27 @@
-"""Finds every mistake of a configuration at once, where the parser stops at the first."""
+"""Finds every mistake of keys, types and classes in a configuration at once, where the parser stops at the first.
+
+The signatures of the classes are gone down alongside the values: a value that the parser does not take by itself is
+looked into, element by element and class by class, until the innermost that is wrong. What the parser says in words is
+not read.
+"""
+
+from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import re
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
-from fedbe.errors import ConfigError, Problem
-from fedbe.storage.nested import dotted, look_up, merge, nest
-
-_NESTED_KEY = re.compile(r'Parser key "([^"]+)":|(Problem with given class_path)|class: (?=Option)')
-_UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|Group '([^']+)' does not accept option '([^']+)'")
-_EXPECTED = re.compile(r"Expected a (<class '[^']+'>|typing\.Literal\[[^\]]*\]|\S+)")
-_MISSING = re.compile(r"following arguments are required: (.+)")
-
-Raw = dict[str, Any]
+from fedbe.config.classes import find_class, known_classes
+from fedbe.config.raw import Raw
+from fedbe.errors import Problem
 
 MOVED = {
     "federation.workers": "engine: {{class_path: fedbe.engines.Forked, init_args: {{workers: {value}}}}}",
@@ -28,150 +29,265 @@ MOVED = {
 }
 """Keys of earlier versions → what to write in their place."""
 
+SPEC = {"class_path", "init_args", "dict_kwargs"}
+"""The keys of a class named by its path."""
 
-def read_raw(arguments: Sequence[str]) -> Raw:
-    """Return what ``--config FILE`` and ``--key value`` say, merged in order, unchecked.
+_GONE = object()
+Found = tuple[list[Problem], Any]
+"""The mistakes in a value, and what is left of it without them; `_GONE` if nothing is."""
 
-    Raises:
-        ConfigError: A file cannot be read, or is not a YAML mapping.
+
+@dataclass(frozen=True)
+class Signature:
+    """What a class can be given in a configuration.
+
+    Attributes:
+        kind: The class.
+        skip: Arguments that a configuration does not give it.
     """
-    raw: Raw = {}
-    words = iter(arguments)
-    for word in words:
-        key, separator, value = word.removeprefix("--").partition("=")
-        text = value if separator else next(words, "")
-        merge(raw, _read_file(Path(text)) if key == "config" else nest(key, _as_yaml(text)))
-    return raw
 
+    kind: type
+    skip: frozenset[str] = frozenset()
 
-def _as_yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    @property
+    def names(self) -> list[str]:
+        """Names of the arguments, those that it hands on to its base class included."""
+        return _names(self.kind, self.skip)
 
+    @property
+    def required(self) -> list[str]:
+        """Names of the arguments without a default."""
+        return [name for name in self.names if name in self._given and self._given[name].default is inspect._empty]
 
-def _read_file(path: Path) -> Raw:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(Problem("config", str(path), f"cannot be read as YAML: {reason}")) from error
-    if not isinstance(content, dict):
-        raise ConfigError(Problem("config", str(path), "must hold a YAML mapping of sections, such as `data:`"))
-    return content
+    @property
+    def _given(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.kind).parameters
 
+    def hint(self, name: str) -> Any:
+        """Return the annotation of an argument; ``Any`` where there is none."""
+        hint = _hints(self.kind).get(name, Any)
+        absent = name in self._given and self._given[name].default is None
+        return hint | None if absent and hint is not Any and _is_type(hint) else hint
 
-def collect(parser: ArgumentParser, raw: Raw) -> tuple[list[Problem], Raw]:
-    """Return every mistake that the parser finds in `raw`, and what is left of `raw` without them.
-
-    The parser stops at its first mistake; here the mistaken entry is taken out and the rest is parsed again.
-    """
-    problems: list[Problem] = []
-    rest = deepcopy(raw)
-    for _ in range(100):
+    def takes(self, name: str, value: Any) -> bool:
+        """Whether the parser takes a value for an argument."""
         try:
-            parser.parse_object(deepcopy(rest))
-        except ArgumentError as error:
-            problem, path = _locate(parser, str(error), rest)
-            # An entry whose own mistake was taken out before is not missing.
-            if not (problem.value is None and any(known.key.startswith(problem.key) for known in problems)):
-                problems.append(problem)
-            if not path:
-                break
-            remove(rest, path)
-        else:
-            break
-    return problems, rest
+            _parser(self.kind, self.skip | (set(self.names) - {name})).parse_object({name: deepcopy(value)})
+        except Exception:  # the parser stumbles over some values with errors of all kinds
+            return False
+        return True
 
 
-def _locate(parser: ArgumentParser, message: str, raw: Raw) -> tuple[Problem, list[str | int]]:
-    missing, unknown = _MISSING.search(message), _UNKNOWN.search(message)
-    path = _find_path(message, raw)
-    if missing:
-        key = dotted([*path, *(["init_args"] if path else []), missing[1].strip()])
-        return Problem(key, None, "is required: name it in the config"), path
-    value = look_up(raw, path)
-    if unknown and path:
-        return Problem(dotted(path), value, _unknown_remedy(parser, raw, path)), path
-    return Problem(dotted(path) or "command line", value if path else None, _plain(message)), path
+def collect(kind: type, raw: Mapping[Any, Any], key: str = "", skip: Iterable[str] = ()) -> tuple[list[Problem], Raw]:
+    """Return every mistake in what a class is given, and what is left without them.
+
+    Args:
+        kind: The class, or the dataclass of a configuration's sections.
+        raw: Its arguments as plain values.
+        key: Dotted key at which they stand.
+        skip: Arguments that a configuration does not give it.
+    """
+    signature = Signature(kind, frozenset(skip))
+    problems: list[Problem] = []
+    rest: Raw = {}
+    for name, value in raw.items():
+        where = dotted(key, name)
+        if name not in signature.names:
+            problems.append(Problem(where, value, _unknown(where, str(name), value, signature.names)))
+            continue
+        found, left = _value(signature.hint(name), value, where, lambda v, name=name: signature.takes(name, v))
+        problems += found
+        if left is not _GONE:
+            rest[name] = left
+    missing = [name for name in signature.required if name not in raw]
+    return problems + [Problem(dotted(key, name), None, "is required: name it in the config") for name in missing], rest
 
 
-def _find_path(message: str, raw: Raw) -> list[str | int]:
-    """Return the longest path into `raw` along the keys that the message names."""
-    names: list[str] = []
-    for key, _ in _NESTED_KEY.findall(message):
-        names += key.split(".") if key else []
-    for option, group, inner in _UNKNOWN.findall(message)[:1]:
-        names += [*group.split("."), *inner.split(".")] if group else option.split(".")
-    return follow(raw, names)
+def _value(hint: Any, value: Any, key: str, takes: Callable[[Any], bool]) -> Found:
+    """Return the mistakes in one value.
+
+    Args:
+        hint: What it should be.
+        value: What it is.
+        key: Where it stands.
+        takes: Whether the parser takes a value in this place.
+    """
+    section = all(is_dataclass(option) for option in _options(hint))
+    if section and not isinstance(value, dict):
+        return [Problem(key, value, "give a mapping of keys and values")], _GONE
+    if value is None and not _may_be_null(hint):
+        return [Problem(key, None, f"null is no value here: give {expected(hint)}, or leave the key out")], _GONE
+    taken = takes(value)
+    if taken and not section and not _holds_null(value):
+        return [], value
+    found, left = _inside(hint, value, key, takes)
+    if taken or found:
+        return found, left
+    return [Problem(key, value, f"expected {expected(hint)}")], _GONE
 
 
-def follow(node: Any, names: Sequence[str]) -> list[str | int]:
-    """Return the path that `names` take from `node`, passing through ``init_args`` and lists by themselves."""
-    if not names:
+def _inside(hint: Any, value: Any, key: str, takes: Callable[[Any], bool]) -> Found:
+    """Return the mistakes in the parts of a value; none are found in one that has no parts for this hint."""
+    kinds = classes_in(hint)
+    if isinstance(value, list) and (element := _argument(hint, Sequence, -1)) is not None:
+        parts = [_value(element, part, f"{key}[{index}]", lambda v: takes([v])) for index, part in enumerate(value)]
+        return [problem for found, _ in parts for problem in found], [left for _, left in parts if left is not _GONE]
+    if isinstance(value, dict) and not kinds and (element := _argument(hint, Mapping, -1)) is not None:
+        named = {n: _value(element, p, dotted(key, n), lambda v, n=n: takes({n: v})) for n, p in value.items()}
+        rest = {name: left for name, (_, left) in named.items() if left is not _GONE}
+        return [problem for found, _ in named.values() for problem in found], rest
+    if isinstance(value, dict) and kinds:
+        return _spec(kinds, value, key, _supplied(hint))
+    if isinstance(value, str) and kinds and not _takes_text(hint):
+        found = find_class(value, kinds)
+        if isinstance(found, str):
+            return [Problem(key, value, found)], _GONE
+        problems, _ = collect(found, {}, dotted(key, "init_args"), _leading(found, _supplied(hint)))
+        return problems, _GONE if problems else value
+    return [], _GONE
+
+
+def _spec(kinds: Sequence[type], value: Raw, key: str, supplied: int) -> Found:
+    """Return the mistakes in a class named by its path, or in the arguments of the only class that there can be."""
+    if "class_path" not in value:
+        if len(kinds) == 1 and not inspect.isabstract(kinds[0]) and "init_args" not in value:
+            return collect(kinds[0], value, key)
+        remedy = f"give `class_path` and `init_args`: there are {', '.join(known_classes(kinds))}"
+        return [Problem(key, value, remedy)], _GONE
+    problems = [
+        Problem(dotted(key, name), value[name], _unknown("", str(name), None, sorted(SPEC)))
+        for name in value.keys() - SPEC
+    ]
+    path = value["class_path"]
+    found = find_class(path, kinds)
+    if isinstance(found, str):
+        return [*problems, Problem(dotted(key, "class_path"), path, found)], _GONE
+    arguments = value.get("init_args") or {}
+    if not isinstance(arguments, dict):
+        where = dotted(key, "init_args")
+        return [*problems, Problem(where, arguments, "give a mapping of the class's arguments")], _GONE
+    inner, rest = collect(found, arguments, dotted(key, "init_args"), _leading(found, supplied))
+    further = _further(found, value, key)
+    whole = {name: value[name] for name in value.keys() & SPEC - {"dict_kwargs"}} | {"init_args": rest}
+    return problems + inner + further, whole
+
+
+def _further(kind: type, value: Raw, key: str) -> list[Problem]:
+    if "dict_kwargs" not in value:
         return []
-    if isinstance(node, dict):
-        if names[0] in node:
-            return [names[0], *follow(node[names[0]], names[1:])]
-        if "init_args" in node:
-            return _prefixed("init_args", node["init_args"], names)
-    if isinstance(node, list):
-        paths = [_prefixed(index, part, names) for index, part in enumerate(node)]
-        return max(paths, key=len, default=[])
-    return []
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values())
+    if open_ended and isinstance(value["dict_kwargs"], dict):
+        return []
+    return [Problem(dotted(key, "dict_kwargs"), value["dict_kwargs"], "give the arguments under `init_args`")]
 
 
-def _prefixed(step: str | int, node: Any, names: Sequence[str]) -> list[str | int]:
-    inner = follow(node, names)
-    return [step, *inner] if inner else []
+def _supplied(hint: Any) -> int:
+    """Return how many arguments of a class are given by whoever calls it: those of a factory's hint."""
+    factories = [get_args(option) for option in _options(hint) if get_origin(option) is Callable]
+    return len(factories[0][0]) if factories and isinstance(factories[0][0], list) else 0
 
 
-def remove(raw: Raw, path: Sequence[str | int]) -> None:
-    """Take out what stands at `path`; an entry of a class with a bad name goes as a whole."""
-    parent = look_up(raw, path[:-1])
-    del parent[path[-1]]
+def _leading(kind: type, count: int) -> list[str]:
+    return list(inspect.signature(kind).parameters)[:count]
 
 
-def _unknown_remedy(parser: ArgumentParser, raw: Raw, path: Sequence[str | int]) -> str:
-    if dotted(path) in MOVED:
-        value = look_up(raw, path)
-        now = MOVED[dotted(path)].format(value=value)
+def _unknown(where: str, name: str, value: Any, known: Sequence[str]) -> str:
+    if where in MOVED:
+        now = MOVED[where].format(value=value)
         return "there is no such key any more: leave it out" + ("" if value == 1 else f", and write `{now}`")
-    known = known_keys(parser, raw, path)
-    close = difflib.get_close_matches(str(path[-1]), known, n=1)
+    close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"no such key: did you mean `{close[0]}`?"
-    return f"no such key: there are {', '.join(sorted(known))}" if known else "no such key"
+    return f"no such key: there are {', '.join(sorted(known))}" if known else "no such key: it takes no arguments"
 
 
-def known_keys(parser: ArgumentParser, raw: Raw, path: Sequence[str | int]) -> list[str]:
-    """Return the keys that may stand where the last step of `path` does."""
-    if len(path) > 1 and path[-2] == "init_args":
-        given = look_up(raw, path[:-2]).get("class_path", "")
-        module, _, attribute = given.rpartition(".")
+def dotted(key: str, name: Any) -> str:
+    """Return ``key.name``; the name alone at the top."""
+    return f"{key}.{name}" if key else str(name)
+
+
+@cache
+def _parser(kind: type, skip: frozenset[str]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip=set(skip))
+    return parser
+
+
+@cache
+def _names(kind: type, skip: frozenset[str]) -> list[str]:
+    defaults = _parser(kind, skip).get_defaults()
+    return list(dict.fromkeys(key.split(".")[0] for key, _ in defaults.items()))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Return the annotations of a constructor's arguments, those of base classes where it hands them on."""
+    hints: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
         try:
-            return list(inspect.signature(getattr(importlib.import_module(module), attribute)).parameters)
-        except (ImportError, ValueError, AttributeError):  # a short name, which only the parser can resolve
-            return []
-    prefix = dotted([*path[:-1], ""])
-    keys = [key.removeprefix(prefix) for key, _ in parser.get_defaults().items() if key.startswith(prefix)]
-    return sorted({key.split(".")[0] for key in keys})
+            hints |= get_type_hints(base.__init__) if "__init__" in vars(base) else {}
+        except (NameError, TypeError, AttributeError):  # of types that are imported for type checkers alone
+            continue
+    return hints
 
 
-def _plain(message: str) -> str:
-    """Return what the parser says was expected, on one line."""
-    expected = [_type_name(name) for name in _EXPECTED.findall(message)]
-    lines = [line.strip() for line in message.splitlines()]
-    useful = [line for line in lines if line and not line.startswith(("Parser key", "Problem with given class_path"))]
-    reasons = [line.removeprefix("- ") for line in useful if "has no attribute" in line or "No module named" in line]
-    if reasons:
-        return reasons[0].split(": ", 1)[-1]
-    if expected:
-        return f"expected {' or '.join(dict.fromkeys(expected))}"
-    return " ".join(useful)[:300]
+def _options(hint: Any) -> list[Any]:
+    """Return the members of a union, or the hint alone."""
+    return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
 
 
-def _type_name(text: str) -> str:
-    name = text.replace("typing.", "").removeprefix("<class '").removesuffix("'>").rsplit(".", 1)[-1]
-    return {"NoneType": "null"}.get(name, name.replace("Literal", "one of "))
+def _is_type(hint: Any) -> bool:
+    return inspect.isclass(hint) or get_origin(hint) is not None
+
+
+def _may_be_null(hint: Any) -> bool:
+    return any(option in (Any, object, None, type(None)) for option in _options(hint))
+
+
+def _takes_text(hint: Any) -> bool:
+    """Whether a text may be meant as a text, where it could name a class, too."""
+    return any(option in (str, Path) for option in _options(hint))
+
+
+def _holds_null(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(_holds_null, parts))
+
+
+def _argument(hint: Any, origin: type, index: int) -> Any:
+    """Return what a list's or a mapping's values should be, if the hint has such a member."""
+    for option in _options(hint):
+        held = get_origin(option)
+        if inspect.isclass(held) and issubclass(held, origin) and get_args(option):
+            return next(a for a in reversed(get_args(option)) if a is not Ellipsis)
+    return None
+
+
+def classes_in(hint: Any) -> list[type]:
+    """Return the classes of which objects are built for a hint: those in it, and what a factory in it returns."""
+    found: list[type] = []
+    for option in _options(hint):
+        built = get_args(option)[-1] if get_origin(option) is Callable else option
+        if inspect.isclass(built) and get_origin(built) is None and built.__module__ not in ("builtins", "pathlib"):
+            found.append(built)
+    return found
+
+
+def expected(hint: Any) -> str:
+    """Return in words what a hint asks for."""
+    if hint is Any:
+        return "another value"
+    return " or ".join(dict.fromkeys(map(_word, _options(hint))))
+
+
+def _word(hint: Any) -> str:
+    if hint in (None, type(None)):
+        return "null"
+    if get_origin(hint) is Literal:
+        return f"one of {list(get_args(hint))}"
+    kinds = classes_in(hint)
+    if kinds:
+        return f"a {kinds[0].__name__}"
+    arguments = [expected(argument) for argument in get_args(hint) if argument is not Ellipsis]
+    name = getattr(get_origin(hint) or hint, "__name__", str(hint))
+    return f"{name}[{', '.join(arguments)}]" if arguments else name

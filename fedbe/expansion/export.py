@@ -133,8 +133,12 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
     """
     source = Path(directory)
     description = _description(source)
-    loader = getattr(transformers, str(description["auto_class"]))
-    model: PreTrainedModel = loader.from_pretrained(source, dtype="auto" if dtype is None else dtype)
+    name = str(description["auto_class"])
+    loader = getattr(transformers, name, None) if name.startswith("AutoModel") else None
+    if loader is None:
+        raise ConfigError(Problem("auto_class", name, f"{source / DESCRIPTION_FILE} names no class of transformers"))
+    kind: torch.dtype | str = "auto" if dtype is None else dtype
+    model: PreTrainedModel = loader.from_pretrained(source, dtype=kind, trust_remote_code=False)
     expansion = read_expansion(source)
     if not description["plain"]:
         expansion.apply(model)

@@ -73,6 +73,11 @@ class BaseModel:
             return str(micro_path())
         return str(packaged_path(self.name)) if self.name.startswith(PACKAGE) else self.name
 
+    @property
+    def _source(self) -> dict[str, Any]:
+        """Which files are loaded; never the code that comes with some checkpoints."""
+        return {"revision": self.revision, "trust_remote_code": False}
+
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration, read without its weights.
@@ -81,7 +86,7 @@ class BaseModel:
             ConfigError: There is no such model, or its files cannot be read.
         """
         try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.path, revision=self.revision)
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.path, **self._source)
             return config
         except (OSError, ValueError, KeyError) as error:
             kind = "folder" if Path(self.path).exists() else "model"
@@ -117,7 +122,7 @@ class BaseModel:
         """
         loader = AutoImageProcessor if self.task == "image-classification" else AutoTokenizer
         try:
-            processor = loader.from_pretrained(self.path, revision=self.revision)
+            processor = loader.from_pretrained(self.path, **self._source)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
@@ -147,7 +152,7 @@ class BaseModel:
             options["ignore_mismatched_sizes"] = True
         try:
             model: PreTrainedModel = _AUTO_CLASSES[self.task].from_pretrained(
-                self.path, config=config, dtype=getattr(torch, self.dtype), revision=self.revision, **options
+                self.path, config=config, dtype=getattr(torch, self.dtype), **self._source, **options
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             remedy = f"its weights cannot be loaded: {str(error).strip().splitlines()[0]}"

@@ -107,7 +107,10 @@ def _output_problems(config: PretrainConfig) -> list[Problem]:
         return []
     if not (folder / SETTINGS).is_file():
         return [Problem("output", config.output, "holds something else; name an empty or a new folder.")]
-    before = json.loads((folder / SETTINGS).read_text())
+    try:
+        before = dict(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        return [Problem("output", config.output, f"its {SETTINGS} cannot be read ({error}): name another folder.")]
     remedy = "the run in `output` was started with {}; use that, or name another folder."
     return [
         Problem(name, value, remedy.format(before.get(name)))
@@ -130,7 +133,7 @@ def pretrain(config: PretrainConfig) -> Path:
     output = Path(config.output)
     continued = (output / CHECKPOINT).is_file()
     if continued:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(output / LATEST)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(output / LATEST, trust_remote_code=False)
     else:
         tokenizer = train_tokenizer(texts["train"], config.vocabulary_size, config.sequence_length)
     streams = {split: token_stream(tokenizer, documents) for split, documents in texts.items()}
@@ -141,7 +144,7 @@ def pretrain(config: PretrainConfig) -> Path:
     module = PretrainModule(build_model(config, tokenizer), config)
     trainer = _trainer(config, Exports(output, tokenizer))
     checkpoint = output / CHECKPOINT if continued else None
-    trainer.fit(module, Windows(streams, config), ckpt_path=checkpoint, weights_only=False)
+    trainer.fit(module, Windows(streams, config), ckpt_path=checkpoint, weights_only=True)
     test = held_out_score(module, streams["test"])
     export(module.model, tokenizer, output / FINISHED, model_card(module, texts, streams, test))
     return output / FINISHED
