@@ -110,7 +110,9 @@ def scaling(arguments: Sequence[str]) -> None:
     """Measure how a run's cost grows, with fitted exponents; each run is in a process of its own, on made-up texts."""
     from fedbe.bench.scaling import AXES, Size, measure_growth
 
-    parser = ArgumentParser(prog="fedbe bench scaling", description=scaling.__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="fedbe bench scaling", description=scaling.__doc__, exit_on_error=False, allow_abbrev=False
+    )
     for axis, (values, text) in AXES.items():
         parser.add_argument(f"--{axis}", type=list[int], default=values, help=f"{text}; [] to leave it out.")
     options = parse(parser, arguments)
@@ -176,6 +178,8 @@ def rounds_parser(kind: str, description: str | None, rounds: int) -> ArgumentPa
 
 def config_parser(kind: str, description: str | None) -> ArgumentParser:
     """Return the parser of a benchmark of a run's configuration."""
-    parser = ArgumentParser(prog=f"fedbe bench {kind}", description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"fedbe bench {kind}", description=description, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, default=shipped_config("quickstart"), help="A run's configuration.")
     return parser

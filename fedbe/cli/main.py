@@ -76,7 +76,7 @@ def prepare_process() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     here = os.getcwd()  # where a user's own classes stand that are named by `class_path`
     if here not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)  # last: no file that happens to lie here takes an installed module's place
     from fedbe.system.libraries import settle_libraries
 
     settle_libraries()

@@ -12,7 +12,9 @@ from fedbe.errors import ConfigError, Problem
 
 def command_parser(command: str) -> ArgumentParser:
     """Return a parser without options for a command, for example ``export``."""
-    return ArgumentParser(prog=f"fedbe {command}", description=COMMANDS[command], exit_on_error=False)
+    return ArgumentParser(
+        prog=f"fedbe {command}", description=COMMANDS[command], exit_on_error=False, allow_abbrev=False
+    )
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from fedbe.config.mistakes import collect
-from fedbe.config.parser import read_run, run_parser
-from fedbe.config.raw import load_yaml, merge, nest, read_yaml
+from fedbe.config.parser import run_of
+from fedbe.config.raw import load_yaml, read_yaml
 from fedbe.config.run import RunConfig
 from fedbe.dial import NEEDS as DIAL_NEEDS
 from fedbe.errors import ConfigError, Problem
@@ -164,11 +162,7 @@ class ComparisonConfig:
         Raises:
             ConfigError: It cannot be read.
         """
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / "config.yaml"
-            file.write_text(yaml.safe_dump(self._first_config(arm)), encoding="utf-8")
-            run, _ = read_run(run_parser("fit"), [f"--config={file}"])
-        return run
+        return run_of(self._first_config(arm))
 
 
 def read_comparison(path: Path, variables: Mapping[str, str], options: Mapping[str, Any]) -> ComparisonConfig:

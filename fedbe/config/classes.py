@@ -14,6 +14,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import packages_distributions, requires
 from importlib.util import find_spec
@@ -32,6 +33,8 @@ SHELVES = (
 )  # fmt: skip
 """Where the classes stand that are offered when there is none of the name given."""
 
+_apart: ContextVar[Path | None] = ContextVar("_apart", default=None)
+
 INSTALLED = {"site-packages", "dist-packages"}
 _DOTTED = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]")
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -44,6 +47,7 @@ def guard_imports(raw: Any, apart: Path | None = None) -> None:
         raw: A configuration; installed packages that it names are looked at.
         apart: A folder whose modules are not imported: a run's folder that may be a stranger's.
     """
+    _apart.set(apart)
     own, refused = own_modules(apart)
     named = {name for text in _texts(raw) for name in _DOTTED.findall(text)} - own - refused
     allowed = sorted(own | {name for name in named if may_import(name)} | set(FRAMEWORKS))
@@ -54,7 +58,7 @@ def guard_imports(raw: Any, apart: Path | None = None) -> None:
     )
 
 
-def may_import(name: str, apart: Path | None = None) -> bool:
+def may_import(name: str) -> bool:
     """Whether classes of a top-level module may be named in a configuration.
 
     They may be if it is one of `FRAMEWORKS`, an installed package that requires one of them, or a file or folder of
@@ -62,7 +66,7 @@ def may_import(name: str, apart: Path | None = None) -> bool:
     """
     if name in FRAMEWORKS:
         return True
-    own, refused = own_modules(apart)
+    own, refused = own_modules(_apart.get())
     return name in own or (name not in refused and name not in _STANDARD and _requires_framework(name))
 
 
@@ -117,13 +121,12 @@ def _texts(node: Any) -> Iterator[str]:
         yield from _texts(part)
 
 
-def find_class(path: Any, kinds: Sequence[type], apart: Path | None = None) -> type | str:
+def find_class(path: Any, kinds: Sequence[type]) -> type | str:
     """Return the class of a class path, or else what is wrong with the path.
 
     Args:
         path: Dotted path, or the name alone of a class that is loaded.
         kinds: The class must be one of these, or a subclass.
-        apart: As for `guard_imports`.
     """
     if not isinstance(path, str) or not _PATH.fullmatch(path):
         return f"is no path of a class{_offer('', kinds)}"
@@ -134,7 +137,7 @@ def find_class(path: Any, kinds: Sequence[type], apart: Path | None = None) -> t
         return (
             _judged(concrete[0], path, kinds) if len(concrete) == 1 else f"there is no such class{_offer(path, kinds)}"
         )
-    if not may_import(module.split(".")[0], apart):
+    if not may_import(module.split(".")[0]):
         return _not_importable(module.split(".")[0], path, kinds)
     try:
         found = getattr(importlib.import_module(module), name, None)

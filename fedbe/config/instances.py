@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from torch.optim import Optimizer
 
-from fedbe.config.mistakes import dotted
+from fedbe.config.mistakes import below
 from fedbe.config.sections import default_optimizer
 from fedbe.errors import ConfigError, Problem
 
@@ -30,7 +30,7 @@ def check_called(config: Any) -> None:
     """
     remedy = "is no class, and nothing but classes is called: give a class"
     problems = [
-        Problem(dotted(key, "class_path") if isinstance(value, str) else key, _named(value), remedy)
+        Problem(below(key, "class_path") if isinstance(value, str) else key, _named(value), remedy)
         for key, value in _values(config, "")
         if (_names_no_class(value) if isinstance(value, str) else _is_function(value))
     ]
@@ -74,7 +74,7 @@ def _problem(error: _NotBuilt, config: Any) -> Problem:
     named = [(key, path) for key, path in _values(config, "") if _loaded(path) is error.kind]
     key, path = named[0] if named else ("command line", error.kind.__qualname__)
     hint = "install what it needs" if isinstance(cause, ImportError) else "mend its arguments, or the class"
-    return Problem(dotted(key, "class_path") if named else key, path, f"its constructor raises {said}: {hint}")
+    return Problem(below(key, "class_path") if named else key, path, f"its constructor raises {said}: {hint}")
 
 
 def _values(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -86,7 +86,7 @@ def _values(node: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield key, node["class_path"]
         for name, part in node.items():
             if name != "class_path":
-                yield from _values(part, key if name == "init_args" and "class_path" not in node else dotted(key, name))
+                yield from _values(part, key if name == "init_args" and "class_path" not in node else below(key, name))
     elif isinstance(node, list | tuple):
         for index, part in enumerate(node):
             yield from _values(part, f"{key}[{index}]")
@@ -105,7 +105,7 @@ def _names_no_class(path: str) -> bool:
 
 
 def _loaded(path: Any) -> Any:
-    """Return the object of a dotted path whose module is loaded already, as it is once the parser has looked at it."""
+    """Return the object of a below path whose module is loaded already, as it is once the parser has looked at it."""
     if not isinstance(path, str):
         return None
     module, _, name = path.rpartition(".")

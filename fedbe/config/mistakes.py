@@ -91,7 +91,7 @@ def collect(kind: type, raw: Mapping[Any, Any], key: str = "", skip: Iterable[st
     problems: list[Problem] = []
     rest: Raw = {}
     for name, value in raw.items():
-        where = dotted(key, name)
+        where = below(key, name)
         if name not in signature.names:
             problems.append(Problem(where, value, _unknown(where, str(name), value, signature.names)))
             continue
@@ -100,7 +100,7 @@ def collect(kind: type, raw: Mapping[Any, Any], key: str = "", skip: Iterable[st
         if left is not _GONE:
             rest[name] = left
     missing = [name for name in signature.required if name not in raw]
-    return problems + [Problem(dotted(key, name), None, "is required: name it in the config") for name in missing], rest
+    return problems + [Problem(below(key, name), None, "is required: name it in the config") for name in missing], rest
 
 
 def _value(hint: Any, value: Any, key: str, takes: Callable[[Any], bool]) -> Found:
@@ -118,7 +118,7 @@ def _value(hint: Any, value: Any, key: str, takes: Callable[[Any], bool]) -> Fou
     if value is None and not _may_be_null(hint):
         return [Problem(key, None, f"null is no value here: give {expected(hint)}, or leave the key out")], _GONE
     taken = takes(value)
-    if taken and not section and not _holds_null(value):
+    if taken and not section and not _overlooked(value):
         return [], value
     found, left = _inside(hint, value, key, takes)
     if taken or found:
@@ -133,7 +133,7 @@ def _inside(hint: Any, value: Any, key: str, takes: Callable[[Any], bool]) -> Fo
         parts = [_value(element, part, f"{key}[{index}]", lambda v: takes([v])) for index, part in enumerate(value)]
         return [problem for found, _ in parts for problem in found], [left for _, left in parts if left is not _GONE]
     if isinstance(value, dict) and not kinds and (element := _argument(hint, Mapping, -1)) is not None:
-        named = {n: _value(element, p, dotted(key, n), lambda v, n=n: takes({n: v})) for n, p in value.items()}
+        named = {n: _value(element, p, below(key, n), lambda v, n=n: takes({n: v})) for n, p in value.items()}
         rest = {name: left for name, (_, left) in named.items() if left is not _GONE}
         return [problem for found, _ in named.values() for problem in found], rest
     if isinstance(value, dict) and kinds:
@@ -142,7 +142,7 @@ def _inside(hint: Any, value: Any, key: str, takes: Callable[[Any], bool]) -> Fo
         found = find_class(value, kinds)
         if isinstance(found, str):
             return [Problem(key, value, found)], _GONE
-        problems, _ = collect(found, {}, dotted(key, "init_args"), _leading(found, _supplied(hint)))
+        problems, _ = collect(found, {}, below(key, "init_args"), _leading(found, _supplied(hint)))
         return problems, _GONE if problems else value
     return [], _GONE
 
@@ -155,18 +155,18 @@ def _spec(kinds: Sequence[type], value: Raw, key: str, supplied: int) -> Found:
         remedy = f"give `class_path` and `init_args`: there are {', '.join(known_classes(kinds))}"
         return [Problem(key, value, remedy)], _GONE
     problems = [
-        Problem(dotted(key, name), value[name], _unknown("", str(name), None, sorted(SPEC)))
+        Problem(below(key, name), value[name], _unknown("", str(name), None, sorted(SPEC)))
         for name in value.keys() - SPEC
     ]
     path = value["class_path"]
     found = find_class(path, kinds)
     if isinstance(found, str):
-        return [*problems, Problem(dotted(key, "class_path"), path, found)], _GONE
+        return [*problems, Problem(below(key, "class_path"), path, found)], _GONE
     arguments = value.get("init_args") or {}
     if not isinstance(arguments, dict):
-        where = dotted(key, "init_args")
+        where = below(key, "init_args")
         return [*problems, Problem(where, arguments, "give a mapping of the class's arguments")], _GONE
-    inner, rest = collect(found, arguments, dotted(key, "init_args"), _leading(found, supplied))
+    inner, rest = collect(found, arguments, below(key, "init_args"), _leading(found, supplied))
     further = _further(found, value, key)
     whole = {name: value[name] for name in value.keys() & SPEC - {"dict_kwargs"}} | {"init_args": rest}
     return problems + inner + further, whole
@@ -178,7 +178,7 @@ def _further(kind: type, value: Raw, key: str) -> list[Problem]:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values())
     if open_ended and isinstance(value["dict_kwargs"], dict):
         return []
-    return [Problem(dotted(key, "dict_kwargs"), value["dict_kwargs"], "give the arguments under `init_args`")]
+    return [Problem(below(key, "dict_kwargs"), value["dict_kwargs"], "give the arguments under `init_args`")]
 
 
 def _supplied(hint: Any) -> int:
@@ -201,7 +201,7 @@ def _unknown(where: str, name: str, value: Any, known: Sequence[str]) -> str:
     return f"no such key: there are {', '.join(sorted(known))}" if known else "no such key: it takes no arguments"
 
 
-def dotted(key: str, name: Any) -> str:
+def below(key: str, name: Any) -> str:
     """Return ``key.name``; the name alone at the top."""
     return f"{key}.{name}" if key else str(name)
 
@@ -249,9 +249,12 @@ def _takes_text(hint: Any) -> bool:
     return any(option in (str, Path) for option in _options(hint))
 
 
-def _holds_null(value: Any) -> bool:
+def _overlooked(value: Any) -> bool:
+    """Whether a value holds what the parser passes over: a null anywhere, or arguments beside ``init_args``."""
+    if isinstance(value, dict) and "dict_kwargs" in value:
+        return True
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return value is None or any(map(_holds_null, parts))
+    return value is None or any(map(_overlooked, parts))
 
 
 def _argument(hint: Any, origin: type, index: int) -> Any:
@@ -267,7 +270,7 @@ def classes_in(hint: Any) -> list[type]:
     """Return the classes of which objects are built for a hint: those in it, and what a factory in it returns."""
     found: list[type] = []
     for option in _options(hint):
-        built = get_args(option)[-1] if get_origin(option) is Callable else option
+        built = get_args(option)[-1] if get_origin(option) is Callable and get_args(option) else option
         if inspect.isclass(built) and get_origin(built) is None and built.__module__ not in ("builtins", "pathlib"):
             found.append(built)
     return found

@@ -19,6 +19,9 @@ from fedbe.config.rules import check_sections
 from fedbe.config.run import RunConfig
 from fedbe.errors import ConfigError, Problem
 
+PARTITION = ("plot", "samples")
+"""Options of `fedbe partition` that are no part of a run."""
+
 SET_BY_ENGINE = {"logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones"}
 
 
@@ -31,7 +34,7 @@ def run_parser(command: str, description: str | None = None, skip: frozenset[str
     """Return the parser of a run's configuration.
 
     Args:
-        command: ``fit`` or ``partition``; the latter has ``--plot`` besides.
+        command: ``fit`` or ``partition``; the latter has ``--plot`` and ``--samples`` besides.
         description: Shown by ``--help``.
         skip: Sections to leave out.
     """
@@ -52,6 +55,7 @@ def run_parser(command: str, description: str | None = None, skip: frozenset[str
         parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=SET_BY_ENGINE)
     if command == "partition":
         parser.add_argument("--plot", type=Path, default=Path("partition.png"), help="Where the picture goes.")
+        parser.add_argument("--samples", type=int, default=0, help="How many samples to show, with what is predicted.")
     return parser
 
 
@@ -75,9 +79,30 @@ def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfi
     return RunConfig(**_sections(parser, namespace)), resolved(parser, namespace, arguments)
 
 
+def run_of(raw: Raw, apart: Path | None = None) -> RunConfig:
+    """Return the run that a configuration of plain values describes.
+
+    Args:
+        raw: Its sections.
+        apart: A folder whose modules are not imported, whatever the configuration says.
+
+    Raises:
+        ConfigError: With every mistake that can be seen so far.
+    """
+    guard_imports(raw, apart)
+    _refuse(raw)
+    parser = run_parser("fit")
+    try:
+        namespace = parser.parse_object(raw)
+    except Exception as error:  # ArgumentError, or whatever the parser stumbles over
+        raise ConfigError(Problem("config", sorted(raw), " ".join(str(error).split()))) from error
+    check_called(namespace.as_dict())
+    return RunConfig(**_sections(parser, namespace))
+
+
 def mistakes(raw: Raw) -> tuple[list[Problem], Raw]:
     """Return every mistake of keys, types and classes in a run's configuration, and what is left of it without them."""
-    given = {key: value for key, value in raw.items() if key not in ("plot", "trainer")}
+    given = {key: value for key, value in raw.items() if key not in (*PARTITION, "trainer")}
     problems, rest = collect(RunConfig, given, skip={"trainer"})
     if "trainer" in raw:
         if isinstance(raw["trainer"], dict):
@@ -116,7 +141,7 @@ def _further(rest: Raw) -> Sequence[Problem]:
 
 def _sections(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
     """Return the objects of each section of `RunConfig`."""
-    return {key: value for key, value in instantiate(parser, namespace).items() if key not in ("config", "plot")}
+    return {key: value for key, value in instantiate(parser, namespace).items() if key not in ("config", *PARTITION)}
 
 
 def resolved(parser: ArgumentParser, namespace: Namespace, arguments: Sequence[str]) -> dict[str, Any]:

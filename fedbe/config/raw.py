@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fedbe.errors import ConfigError, Problem
+from fedbe.storage.nested import merge, nest
 
 Raw = dict[str, Any]
 
@@ -99,7 +100,7 @@ def read_raw(arguments: Sequence[str]) -> Raw:
         text = value if separator else next(words, "")
         if key == "config":
             for name, content in read_yaml(Path(text), "config").items():
-                merge(raw, nest(name, content))
+                merge(raw, nest(name, content) if isinstance(name, str) else {name: content})
         elif key.endswith("+"):
             append(raw, key.removesuffix("+"), _as_yaml(text))
         else:
@@ -118,22 +119,6 @@ def _as_yaml(text: str) -> Any:
         return load_yaml(text)
     except ValueError:
         return text
-
-
-def nest(key: Any, value: Any) -> Raw:
-    """Return ``{"a": {"b": value}}`` for the key ``a.b``."""
-    for part in reversed(key.split(".")) if isinstance(key, str) else [key]:
-        value = {part: value}
-    return dict(value)
-
-
-def merge(into: Raw, other: Raw) -> None:
-    """Lay `other` over `into`, mapping by mapping."""
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict) and "class_path" not in value:
-            merge(into[key], value)
-        else:
-            into[key] = value
 
 
 def append(raw: Raw, key: str, value: Any) -> None:

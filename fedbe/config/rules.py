@@ -14,7 +14,7 @@ from fedbe.errors import ConfigError, Facts, Problem
 from fedbe.evaluation.tasks import check_tasks
 from fedbe.federation.record import metric_paths
 from fedbe.modeling.base_model import BaseModel
-from fedbe.storage.run_folder import RunFolder
+from fedbe.storage.run_folder import RUNS, RunFolder
 from fedbe.traits import Trait, Traits
 
 SENTENCES: Mapping[Trait, str] = {
@@ -174,6 +174,8 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
         problems += callback.check(f"callbacks[{index}].init_args", facts)
     if sections["logger"] == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         problems.append(Problem("logger", "tensorboard", "is not installed: pip install 'fedbe[tensorboard]'"))
+    name_problem = RunFolder.name_problem(RUNS, sections["name"])
+    problems += [name_problem] if name_problem else []
     begins = sections["output"] and not sections.get("ckpt_path")
     folder_problem = RunFolder.problem(sections["output"]) if begins else None
     return problems + ([folder_problem] if folder_problem else [])

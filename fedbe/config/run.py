@@ -21,7 +21,7 @@ from fedbe.modeling.base_model import BaseModel
 from fedbe.prefix.store import PrefixReuse
 from fedbe.storage.checkpoint import LAST, Checkpoint, Checkpoints, read_checkpoint
 from fedbe.storage.metrics_file import MetricsFile
-from fedbe.storage.run_folder import RunFolder
+from fedbe.storage.run_folder import RUNS, RunFolder
 
 
 @dataclass
@@ -74,8 +74,8 @@ class RunConfig:
             return Path(str(self.ckpt_path)).parent.parent
         if self.output is not None:
             return self.output
-        latest = RunFolder.latest(Path("runs"), self.name) if self.ckpt_path == LAST else None
-        return latest or RunFolder.next_free(Path("runs"), self.name)
+        latest = RunFolder.latest(RUNS, self.name) if self.ckpt_path == LAST else None
+        return latest or RunFolder.next_free(RUNS, self.name)
 
     def checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint to continue from, if there is one.

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedbe.config.build import build
-from fedbe.config.parser import read_run, run_parser
+from fedbe.config.parser import run_of
+from fedbe.config.raw import read_yaml
 from fedbe.config.run import RunConfig
 from fedbe.errors import ConfigError, Problem
 from fedbe.federation.loop import FederatedLoop
-from fedbe.objectives import Plain
 from fedbe.storage.checkpoint import BEST, FORMAT, Checkpoints, load_tensors
 from fedbe.storage.run_folder import RunFolder
 from fedbe.storage.tensor_names import grouped
@@ -29,7 +29,8 @@ class FinishedRun:
     Attributes:
         folder: Its folder.
         summary: Its `summary.json`.
-        run: Its configuration, without loggers and callbacks of its own: nothing is trained any more.
+        run: What of its configuration a model needs that is not trained any more: no loggers, callbacks, optimizer,
+            objective, averaging or engine of its own. Nothing else is built, and no module in the folder is imported.
         config: The resolved configuration.
     """
 
@@ -47,9 +48,8 @@ class FinishedRun:
         """
         folder = RunFolder(path)
         summary = read_summary(folder)
-        run, config = read_run(run_parser("fit"), [f"--config={folder.config}", "--logger=none"])
-        client = replace(run.client, objective=Plain())
-        return cls(folder, summary, replace(run, client=client, callbacks=(), logger="none"), config)
+        config = read_yaml(folder.config, "run")
+        return cls(folder, summary, run_of(_needed(config), apart=folder.path), config)
 
     def open(self, general_tasks: bool = True) -> tuple[FederatedLoop, dict[str, Tensor]]:
         """Return the loop with the model that the run ended with, and the global tensors that it started from.
@@ -106,6 +106,19 @@ class FinishedRun:
             remedy = f"cannot be read, and the model cannot be made without it: {error}"
             raise ConfigError(Problem("run", str(path), remedy)) from error
         return state, tensors
+
+
+def _needed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a run's configuration that its model, its data and its tasks are made of."""
+    names = ("data", "name", "seed", "model", "algorithm", "general_tasks", "clock", "prefix")
+    rounds, options = (config.get(name) for name in ("federation", "trainer"))
+    needed = {name: config[name] for name in names if name in config}
+    if isinstance(rounds, dict):
+        needed["federation"] = {name: value for name, value in rounds.items() if name != "averaging"}
+    if isinstance(options, dict):
+        plain = (bool, int, float, str, type(None))
+        needed["trainer"] = {name: value for name, value in options.items() if isinstance(value, plain)}
+    return needed | {"logger": "none"}
 
 
 def read_summary(folder: RunFolder) -> dict[str, Any]:

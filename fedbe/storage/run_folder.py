@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +16,12 @@ from fedbe.errors import ConfigError, Problem
 from fedbe.storage.files import explained, replacing, replacing_folder
 
 _CONTINUE = "the checkpoints are intact: make room, then continue with --ckpt_path last"
+RUNS = Path("runs")
+"""Where a run's folder goes that is not said otherwise, in the folder where the command is called."""
+
 _LOCK = ".lock"
+_LONGEST_NAME = 200
+"""Bytes of a folder's name; most file systems take 255, and numbers are added to it."""
 _LOCK_SECONDS = 10.0
 """How long to wait for a folder's last user: processes of a run that was killed notice that within seconds."""
 
@@ -91,6 +97,19 @@ class RunFolder:
         above = next(parent for parent in path.absolute().parents if parent.exists())
         if not path.exists() and not (above.is_dir() and os.access(above, os.W_OK)):
             return Problem("output", str(path), f"cannot be created: {above} is no folder that can be written to")
+        return None
+
+    @staticmethod
+    def name_problem(parent: Path, name: str) -> Problem | None:
+        """Return why a run of this name would not get a folder of its own inside `parent`, or ``None``."""
+        parts = re.split(r"[/\\]", name)
+        if (
+            any(part in ("", ".", "..") or len(part.encode()) > _LONGEST_NAME for part in parts)
+            or not name.isprintable()
+        ):
+            return Problem("name", name, f"names a folder in {parent}/: give letters, digits, `-` and `_`")
+        if not (parent / name).resolve().is_relative_to(parent.resolve()):
+            return Problem("name", name, f"leads out of {parent}/ by a link: give another name, or `output`")
         return None
 
     @staticmethod
