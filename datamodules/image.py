@@ -1,7 +1,7 @@
 """Image classification: one class for each picture."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -33,6 +33,7 @@ class ImageClassificationDataModule(LabelledDataModule):
         labels: Names of the classes in order, see `LabelSet`; ``None`` to take those of the training split.
         batch_size: Samples in a client's local step.
         eval_batch_size: Samples in a validation or test batch; ``None`` for four times `batch_size`.
+        class_weights: What a sample weighs in the clients' loss, see `LabelledDataModule`.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class ImageClassificationDataModule(LabelledDataModule):
         labels: list[str] | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
+        class_weights: Literal["balanced"] | dict[str, float] | None = None,
     ) -> None:
-        super().__init__(corpus, partitioner, label_column, labels, batch_size, eval_batch_size)
+        super().__init__(corpus, partitioner, label_column, labels, batch_size, eval_batch_size, class_weights)
         self.image_column = image_column
 
     def _columns(self) -> Mapping[str, str]:
@@ -72,11 +74,11 @@ class ImageClassificationDataModule(LabelledDataModule):
         fault = processor_fault(self.processor, config)
         return [Problem("model.name", name, fault)] if fault else []
 
-    def _row_problems(self, key: str) -> list[Problem]:
+    def _row_problems(self, start: str) -> list[Problem]:
         faults = (self._picture_fault(split) for split in SPLITS)
         fault = next((fault for fault in faults if fault is not None), None)
-        pictures = [Problem(f"{key}.image_column", self.image_column, fault)] if fault else []
-        return [*pictures, *super()._row_problems(key)]
+        pictures = [Problem(f"{start}.image_column", self.image_column, fault)] if fault else []
+        return [*pictures, *super()._row_problems(start)]
 
     def _picture_fault(self, split: str) -> str | None:
         rows = self._split(split)

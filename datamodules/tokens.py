@@ -73,11 +73,14 @@ class LabelledTokens(Dataset[dict[str, Tensor]]):
     Args:
         sequences: One sequence a sample.
         targets: Class of each sample, shape ``[samples]``, int64.
+        types: Which text of a pair each token is of, ``token_type_ids``, shape ``[all tokens]``; ``None`` for a model
+            that is not told.
     """
 
-    def __init__(self, sequences: Ragged, targets: Tensor) -> None:
+    def __init__(self, sequences: Ragged, targets: Tensor, types: Tensor | None = None) -> None:
         self.sequences = sequences
         self.targets = targets
+        self.types = types
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -90,7 +93,8 @@ class LabelledTokens(Dataset[dict[str, Tensor]]):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that samples are made of."""
-        return self.sequences.tokens, self.sequences.offsets, self.targets
+        types = () if self.types is None else (self.types,)
+        return self.sequences.tokens, self.sequences.offsets, self.targets, *types
 
     @property
     def lengths(self) -> list[int]:
@@ -98,7 +102,9 @@ class LabelledTokens(Dataset[dict[str, Tensor]]):
         return self.sequences.lengths
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.sequences.tokens[self.sequences.span(index)].long(), "labels": self.targets[index]}
+        span = self.sequences.span(index)
+        types = {} if self.types is None else {"token_type_ids": self.types[span].long()}
+        return {"input_ids": self.sequences.tokens[span].long(), **types, "labels": self.targets[index]}
 
 
 def tokenise_documents(

@@ -22,6 +22,7 @@ from fedbe.federation.callback import FederatedCallback
 from fedbe.federation.cohort import CohortSampler, cohort_count
 from fedbe.federation.interrupts import stopping_on_interrupt
 from fedbe.federation.loop import FederatedLoop
+from fedbe.modeling.head import weigh_classes
 from fedbe.seeding import derive_seed, isolated_rng
 from fedbe.storage.checkpoint import Checkpoint, check_same_run
 from fedbe.storage.csv_log import CSVLog
@@ -173,6 +174,8 @@ def local_plan(run: RunConfig, clients: int | None) -> LocalPlan:
     with isolated_rng(derive_seed(run.seed, "new head")):
         classes = run.data.class_names or run.data.num_labels
         model = run.model.load(classes, getattr(processor, "pad_token_id", None))
+    if run.data.loss_weights is not None:
+        weigh_classes(model, run.data.loss_weights)
     torch.nn.Module.to(model, L.Trainer(**QUIET, **options).strategy.root_device)
     return LocalPlan(
         model=model,

@@ -92,6 +92,11 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         return None
 
     @property
+    def loss_weights(self) -> Sequence[float] | None:
+        """What a sample of each class weighs in the clients' loss, by the class's number; ``None`` for all the same."""
+        return None
+
+    @property
     def left_out(self) -> Sequence[LeftOut]:
         """What of the data is neither trained on nor scored, and why; available after `setup`."""
         return ()
@@ -232,6 +237,11 @@ class DataWrapper(FederatedDataModule):
     def class_names(self) -> Sequence[str] | None:
         """The names of the classes in the order of their numbers."""
         return self.data.class_names
+
+    @property
+    def loss_weights(self) -> Sequence[float] | None:
+        """What a sample of each class weighs in the clients' loss."""
+        return self.data.loss_weights
 
     @property
     def left_out(self) -> Sequence[LeftOut]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fedbe.data import IGNORED
 from fedbe.modeling.families import family_of
 from fedbe.modeling.freezing import head_parameter_names
 
@@ -68,6 +73,27 @@ def renew_head(model: PreTrainedModel) -> None:
             nn.init.normal_(module.weight, std=deviation)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def weigh_classes(model: PreTrainedModel, weights: Sequence[float]) -> RemovableHandle:
+    """Have a classifier's own loss be the mean over the samples of the class's weight times the cross-entropy.
+
+    The weights are not divided by their sum in the batch, so that batches of one step can be added up. Source: ours.
+
+    Args:
+        model: Changed until the handle is removed; its outputs stay what they are but for ``loss``.
+        weights: What a sample of each class weighs, by the class's number.
+    """
+    by_class = torch.tensor(weights)
+
+    def weighted(_: nn.Module, __: Any, given: Mapping[str, Any], output: Any) -> Any:
+        if (labels := given.get("labels")) is not None:
+            logits = output.logits.float()
+            losses = cross_entropy(logits, labels, by_class.to(logits.device), reduction="none")
+            output.loss = losses.sum() / (labels != IGNORED).sum()
+        return output
+
+    return model.register_forward_hook(weighted, with_kwargs=True)
 
 
 def agree_on_padding(tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> None:
