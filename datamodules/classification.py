@@ -128,8 +128,8 @@ class SequenceClassificationDataModule(LabelledDataModule):
 
     Texts have the tokenizer's special tokens and are cut at the right to ``max_length`` tokens; those without any
     token, special ones included, are left out and counted in `left_out`. Of a pair the longer text is cut first.
-    Batches hold ``input_ids``, ``attention_mask`` and, for pairs, ``token_type_ids`` if the tokenizer gives them, all of
-    shape ``[samples, tokens]``, and ``labels``, ``[samples]``.
+    Batches hold ``input_ids``, ``attention_mask`` and, for pairs, ``token_type_ids`` if the tokenizer gives them, all
+    ``[samples, tokens]``, and ``labels``, ``[samples]``.
 
     Args:
         corpus: Source of the three splits.
