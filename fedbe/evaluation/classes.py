@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torchmetrics.functional import average_precision
-from torchmetrics.functional.classification import multiclass_confusion_matrix
+from torchmetrics.functional.classification import binary_average_precision, multiclass_confusion_matrix
 from torchmetrics.functional.retrieval import retrieval_precision
 
 PRECISION_AT = 10
@@ -43,7 +42,7 @@ def class_scores(logits: Tensor, labels: Tensor, names: Sequence[str] | None = N
     return {"macro_f1": sum(known) / len(known), "classes": classes, "confusion": confusion}
 
 
-def _counted(matrix: Tensor, number: int) -> Mapping[str, Any]:
+def _counted(matrix: Tensor, number: int) -> dict[str, Any]:
     right = matrix[number, number].item()
     actual, predicted = matrix[number].sum().item(), matrix[:, number].sum().item()
     return {
@@ -54,11 +53,11 @@ def _counted(matrix: Tensor, number: int) -> Mapping[str, Any]:
     }
 
 
-def _ranked(confidence: Tensor, members: Tensor) -> Mapping[str, Any]:
+def _ranked(confidence: Tensor, members: Tensor) -> dict[str, Any]:
     if not members.any():
         return {"average_precision": None, f"precision_at_{PRECISION_AT}": None}
     first = min(PRECISION_AT, len(members))
     return {
-        "average_precision": average_precision(confidence, members.long(), "binary").item(),
+        "average_precision": binary_average_precision(confidence, members.long()).item(),
         f"precision_at_{PRECISION_AT}": retrieval_precision(confidence, members, top_k=first).item(),
     }

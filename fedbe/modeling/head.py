@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,13 +16,14 @@ from fedbe.data import IGNORED
 from fedbe.modeling.families import family_of
 from fedbe.modeling.freezing import head_parameter_names
 
-SINGLE_LABEL = "single_label_classification"
+SINGLE_LABEL: Literal["single_label_classification"] = "single_label_classification"
 _UNNAMED = re.compile(r"LABEL_\d+")
 
 
 def stated_classes(config: PretrainedConfig) -> list[str] | None:
     """Return the names of a head's classes in the order of its outputs; ``None`` where they are only numbered."""
-    names = [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels or 0)]
+    stated: Mapping[Any, str] = config.id2label or {}
+    names = [str(stated.get(index, f"LABEL_{index}")) for index in range(config.num_labels or 0)]
     return None if all(_UNNAMED.fullmatch(name) for name in names) else names
 
 

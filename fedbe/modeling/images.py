@@ -61,7 +61,8 @@ def processor_fault(processor: Any, config: PretrainedConfig) -> str | None:
         )
     try:
         with isolated_rng(0), torch.device("meta"), torch.no_grad():
-            AutoModelForImageClassification.from_config(config)(pixel_values=torch.empty(1, *first))
+            model = AutoModelForImageClassification.from_config(config)  # type: ignore[no-untyped-call]
+            model(pixel_values=torch.empty(1, *first))
     except (ValueError, RuntimeError) as error:
         return f"it does not take pictures of shape {first}, which its image processor makes: {_first_line(error)}"
     return None
