@@ -169,6 +169,7 @@ class Adapters(Adaptation):
         config = LoraConfig(r=rank, lora_alpha=self.alpha, lora_dropout=self.dropout)  # type: ignore[arg-type]
         names = target_names(model, self.target_modules, self.first_block, self.key)
         self._adapters = inject(model, names, config, inputs, self.key)
+        self.hold(model)  # before anything is copied or drawn that must be as exact
         load_tensors(model, {adapter.a: self.start(model, adapter) for adapter in self._adapters})
         set_scaling(model, self.layer_names, self.scaling(rank))
 

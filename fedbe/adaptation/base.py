@@ -13,6 +13,7 @@ from fedbe.data import Batch
 from fedbe.errors import Facts, Problem
 from fedbe.expansion import Expansion, ExportReport
 from fedbe.messages import FitTask, ProbeReport, Structure
+from fedbe.modeling.precision import hold_in_float32
 from fedbe.modeling.tensors import copy_tensors, load_tensors
 from fedbe.traits import Part
 
@@ -32,12 +33,14 @@ class Adaptation(Part, ABC):
             `Algorithm.check`.
         seed: The run's seed, set before `observe_base`.
         tokenizer: The base model's, or ``None``, set before `observe_base`.
+        float32: Whether what is trained is float32 over a base of half precision.
         beside: The other parts of the `Stack` that it is a part of.
     """
 
     key: str = "algorithm.init_args"
     seed: int = 0
     tokenizer: PreTrainedTokenizerBase | None = None
+    float32: bool = True
     beside: Sequence[Adaptation] = ()
 
     @property
@@ -84,6 +87,11 @@ class Adaptation(Part, ABC):
         Raises:
             ExpansionError: The model cannot be changed without changing its outputs.
         """
+
+    def hold(self, model: PreTrainedModel) -> None:
+        """Hold what is trained, and what the server keeps of it, in float32; after `prepare` and after `grow`."""
+        if self.float32:
+            hold_in_float32(model, (*self.trainable_names, *self.state_names))
 
     def structure(self) -> Structure:
         """Return what another machine needs to build the same model, as plain JSON values; by default nothing."""

@@ -20,6 +20,7 @@ from fedbe.errors import ConfigError, ExpansionError, Problem
 from fedbe.expansion import ExportReport
 from fedbe.modeling.architecture import find_blocks
 from fedbe.modeling.index import ModelIndex
+from fedbe.modeling.precision import hold_in_float32, save_weights
 from fedbe.modeling.verification import difference, observe
 from fedbe.seeding import isolated_rng
 from fedbe.storage.files import new_folder
@@ -135,6 +136,9 @@ def set_scaling(model: nn.Module, names: Iterable[str], scaling: float) -> None:
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of a model with its adapters merged into the weights by `peft`, and nothing of them left."""
     merged = copy.deepcopy(model)
+    # A small change is added to the weights in float32, and rounded once, when they are written.
+    names = [f"{name}." for name, _ in lora_layers(merged)]
+    hold_in_float32(merged, [name for name, _ in merged.named_parameters() if name.startswith(tuple(names))])
     for name, layer in list(lora_layers(merged)):
         layer.merge(safe_merge=True)
         merged.set_submodule(name, layer.get_base_layer())
@@ -151,7 +155,7 @@ def save_merged(
         ConfigError: If the directory holds something.
     """
     with new_folder(directory) as partial:
-        merged_copy(model).save_pretrained(partial)
+        save_weights(merged_copy(model), partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return ExportReport(True, "from_pretrained loads the whole model: the adapters are merged in.", directory)

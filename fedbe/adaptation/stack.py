@@ -189,7 +189,7 @@ class Stack(Adaptation):
     def _share(self) -> None:
         """Pass on to the parts what was set on the stack."""
         for part in self._parts:
-            part.seed, part.tokenizer = self.seed, self.tokenizer
+            part.seed, part.tokenizer, part.float32 = self.seed, self.tokenizer, self.float32
 
     def _split(self, task: FitTask, kept: Tensors) -> Iterator[tuple[Adaptation, FitTask, Tensors]]:
         """Yield each part with its task and its kept tensors: without what is another part's.

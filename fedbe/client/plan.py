@@ -44,6 +44,7 @@ class LocalPlan:
         timeout_seconds: How long a client may train, looked at before each step; ``None`` for as long as it takes.
         clock: The clients' simulated devices; ``None`` to take each client's measured time.
         prefix: How much of what frozen blocks compute is kept; ``None`` to compute it each time.
+        float32: Whether what is trained is float32, whatever the type of the base.
         cohort: Clients in a round, as far as is known: an engine that trains several at a time looks no further.
     """
 
@@ -61,6 +62,7 @@ class LocalPlan:
     timeout_seconds: float | None = None
     clock: SimulatedClock | None = None
     prefix: PrefixReuse | None = None
+    float32: bool = True
     cohort: int | None = None
 
 
@@ -78,7 +80,7 @@ def prepare_model(plan: LocalPlan, inputs: Batch, structure: Structure | None = 
     """
     with under("client.objective.init_args"):
         plan.objective.prepare(plan.model, plan.tokenizer, plan.seed)
-    plan.adaptation.seed, plan.adaptation.tokenizer = plan.seed, plan.tokenizer
+    plan.adaptation.seed, plan.adaptation.tokenizer, plan.adaptation.float32 = plan.seed, plan.tokenizer, plan.float32
     plan.adaptation.observe_base(plan.model)
     plan.adaptation.prepare(plan.model, inputs, structure)
     if norms := ModelIndex(plan.model).changing_statistics(plan.adaptation.trainable_names):
@@ -86,4 +88,5 @@ def prepare_model(plan: LocalPlan, inputs: Batch, structure: Structure | None = 
             f"has batch norms that would be trained ({norms[0]}): their running statistics are in no client's update"
         )
         raise ConfigError(Problem("model.name", plan.model.name_or_path, f"{remedy}; name a model with layer norms"))
+    plan.adaptation.hold(plan.model)
     plan.topology.prepared(plan.model, plan.adaptation)

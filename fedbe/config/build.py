@@ -23,10 +23,12 @@ from fedbe.federation.cohort import CohortSampler, cohort_count
 from fedbe.federation.interrupts import stopping_on_interrupt
 from fedbe.federation.loop import FederatedLoop
 from fedbe.modeling.head import weigh_classes
+from fedbe.modeling.precision import HALF
 from fedbe.seeding import derive_seed, isolated_rng
 from fedbe.storage.checkpoint import Checkpoint, check_same_run
 from fedbe.storage.csv_log import CSVLog
 from fedbe.storage.run_folder import RunFolder
+from fedbe.system.notice import say
 from fedbe.traits import Trait
 
 STANDARD_CALLBACKS = (
@@ -176,6 +178,8 @@ def local_plan(run: RunConfig, clients: int | None) -> LocalPlan:
         model = run.model.load(classes, getattr(processor, "pad_token_id", None))
     if run.data.loss_weights is not None:
         weigh_classes(model, run.data.loss_weights)
+    if run.model.trained_dtype == "base" and model.dtype in HALF:
+        say(f"What is trained is {str(model.dtype)[6:]}: most changes of a step are too small for it, and are lost.")
     torch.nn.Module.to(model, L.Trainer(**QUIET, **options).strategy.root_device)
     return LocalPlan(
         model=model,
@@ -192,6 +196,7 @@ def local_plan(run: RunConfig, clients: int | None) -> LocalPlan:
         timeout_seconds=run.federation.client_timeout_seconds,
         clock=run.clock,
         prefix=run.prefix,
+        float32=run.model.trained_dtype == "float32",
         cohort=1 if pooled else cohort,
     )
 

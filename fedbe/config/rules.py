@@ -5,6 +5,9 @@ from importlib.util import find_spec
 from itertools import permutations
 from typing import Any, Protocol
 
+import torch
+from torch import nn
+
 from fedbe.algorithms import Algorithm
 from fedbe.allocation import SimulatedClock
 from fedbe.client.trainer import check_trainer, trainer_options
@@ -139,6 +142,17 @@ def facts_of(sections: Mapping[str, Any], model_known: bool) -> Facts:
     )
 
 
+def check_trained_type(model: BaseModel, client: Client) -> list[Problem]:
+    """Return a problem where weights are trained in float16 by an optimizer that then divides by zero."""
+    if model.trained_dtype == "float32" or model.resident_dtype != "float16":
+        return []
+    eps = client.optimizer([nn.Parameter(torch.zeros(1))]).defaults.get("eps")
+    if eps is None or torch.tensor(eps, dtype=torch.float16) > 0:
+        return []
+    remedy = "is 0 in float16: give 1e-4, or leave model.trained_dtype at float32"
+    return [Problem("client.optimizer.init_args.eps", eps, remedy)]
+
+
 def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     """Return the mistakes in the sections of a `RunConfig` that are there; ``data`` may be missing.
 
@@ -150,12 +164,16 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
     rounds: Rounds = sections["federation"]
     algorithm, callbacks = sections["algorithm"], sections["callbacks"]
     problems = model.check("model", Facts())
-    facts = facts_of(sections, model_known=not problems)
-    if not problems:
+    known = not problems
+    facts = facts_of(sections, model_known=known)
+    if known:
         problems += algorithm.check("algorithm.init_args", facts)
     if "data" in sections:
         problems += check_data(sections["data"], model if not problems else None, sections["seed"], facts)
-    problems += [*client.check("client", facts), *rounds.check("federation", facts)]
+    client_problems = client.check("client", facts)
+    if known and not client_problems:
+        problems += check_trained_type(model, client)
+    problems += [*client_problems, *rounds.check("federation", facts)]
     parts: dict[str, HasTraits] = {
         "algorithm": algorithm,
         "client.objective": client.objective,
@@ -164,7 +182,8 @@ def check_sections(sections: Mapping[str, Any]) -> list[Problem]:
         "engine": sections["engine"],
     }
     problems += conflicts(parts | {f"callbacks[{index}]": callback for index, callback in enumerate(callbacks)})
-    problems += check_trainer(facts.trainer, model.dtype, client.schedule.name)
+    if known:
+        problems += check_trainer(facts.trainer, model.resident_dtype, client.schedule.name)
     problems += check_clock(sections["clock"], facts)
     problems += sections["prefix"].check("prefix", facts) if sections["prefix"] else []
     problems += sections["engine"].check("engine.init_args", facts)

@@ -472,6 +472,7 @@ class RemoteClient:
             self._inputs = inputs
         elif structure_version(plan.adaptation.structure()) != structure_version(structure):
             renamed = plan.adaptation.grow(plan.model, structure, self._inputs)
+            plan.adaptation.hold(plan.model)
             self.engine.prepared(self._inputs, structure, renamed)
 
     def _first_rows(self) -> Batch:

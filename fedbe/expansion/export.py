@@ -19,6 +19,7 @@ from fedbe.expansion.identity import dialled, target_parameters
 from fedbe.expansion.names import block_parameter_names
 from fedbe.expansion.token_gate import TokenGate
 from fedbe.modeling.architecture import expressed_by_config, find_blocks
+from fedbe.modeling.precision import held_types, save_weights
 from fedbe.storage.files import new_folder
 
 DESCRIPTION_FILE = "fedbe.json"
@@ -84,12 +85,14 @@ def save_model(
         with unregistered(model) as gate:
             obstacle = _obstacle(model, expansion)
             if obstacle is None:
-                model.save_pretrained(partial, state_dict={**model.state_dict(), **state})
+                save_weights(model, partial, state)
                 reason = f"{_auto_class(model)}.from_pretrained loads the whole model."
             else:
                 with without_blocks(model, expansion):
-                    model.save_pretrained(partial)
-                save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / BLOCKS_FILE)
+                    save_weights(model, partial)
+                held = held_types(model)
+                blocks = {name: tensor.to(held.get(name, tensor.dtype)).contiguous() for name, tensor in state.items()}
+                save_file(blocks, partial / BLOCKS_FILE)
                 reason = f"{obstacle}; from_pretrained gives the base model, fedbe.load the expanded one."
         if gate is not None:
             save_file(gate.state_dict(), partial / GATE_FILE)
@@ -114,7 +117,7 @@ def save_plain(
         ConfigError: If the directory holds something.
     """
     with new_folder(Path(directory)) as partial:
-        model.save_pretrained(partial)
+        save_weights(model, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     reason = f"{_auto_class(model)}.from_pretrained loads the whole model."

@@ -164,6 +164,7 @@ class Server:
     def _restructure(self, structure: Structure, inputs: Batch | None) -> Mapping[str, str]:
         adaptation = self.algorithm.adaptation
         renamed = adaptation.grow(self.model, structure, inputs)
+        adaptation.hold(self.model)
         state = {renamed.get(name, name): tensor for name, tensor in self.state.items()}
         new = copy_tensors(self.model, set(adaptation.state_names) - state.keys())
         self.state = {name: (state | new)[name] for name in adaptation.state_names}

@@ -29,6 +29,7 @@ from fedbe.modeling.checkpointing import enable_gradient_checkpointing
 from fedbe.modeling.families import stated_depth
 from fedbe.modeling.head import agree_on_padding, renew_head, set_classes, set_padding
 from fedbe.modeling.images import default_processor
+from fedbe.modeling.precision import written_as
 
 MICRO = "fedbe:micro"
 PACKAGE = "package:"
@@ -49,7 +50,10 @@ class BaseModel:
             ``package:NAME/FOLDER``, a folder inside an installed Python package.
         task: The model's head; a classifier's is trained along with the blocks, and it is new unless the checkpoint's
             is for the data's classes.
-        dtype: Type of the resident weights.
+        dtype: Type of the resident weights; ``auto`` for that of the checkpoint. What is trained is float32 over any of
+            them, and the model is written in the type of the checkpoint.
+        trained_dtype: ``base`` to train in the resident type on purpose: most steps are too small for half precision,
+            and are lost.
         attention: Attention implementation of `transformers`; ``null`` for its default.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         revision: Branch, tag or commit on the Hub.
@@ -57,7 +61,8 @@ class BaseModel:
 
     name: str = MICRO
     task: Literal["causal-lm", "sequence-classification", "image-classification"] = "causal-lm"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trained_dtype: Literal["float32", "base"] = "float32"
     attention: str | None = None
     gradient_checkpointing: bool = False
     revision: str = "main"
@@ -94,6 +99,16 @@ class BaseModel:
             reason = "there is no such folder" if absent and kind == "model" else str(error).strip().splitlines()[0]
             remedy = f"no such {kind} can be loaded ({reason}); give a Hub name, a checkpoint folder, or {MICRO}"
             raise ConfigError(Problem("model.name", self.name, remedy)) from error
+
+    @property
+    def written_dtype(self) -> torch.dtype | None:
+        """Type of the checkpoint's weights, as its configuration says; ``None`` where it does not."""
+        return getattr(self.config, "dtype", None)
+
+    @property
+    def resident_dtype(self) -> str:
+        """Type of the resident weights, without ``torch.``."""
+        return self.dtype if self.dtype != "auto" else str(self.written_dtype or torch.float32).removeprefix("torch.")
 
     @property
     def depth(self) -> int:
@@ -152,13 +167,15 @@ class BaseModel:
             options["ignore_mismatched_sizes"] = True
         try:
             model: PreTrainedModel = _AUTO_CLASSES[self.task].from_pretrained(
-                self.path, config=config, dtype=getattr(torch, self.dtype), **self._source, **options
+                self.path, config=config, dtype=getattr(torch, self.resident_dtype), **self._source, **options
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             remedy = f"its weights cannot be loaded: {str(error).strip().splitlines()[0]}"
             raise ConfigError(Problem("model.name", self.name, remedy)) from error
         if new_head and config.num_labels == sized:
             renew_head(model)
+        if self.written_dtype is not None:
+            written_as(model, self.written_dtype)
         model.requires_grad_(False)
         model.train(False)
         if self.gradient_checkpointing:
