@@ -130,7 +130,8 @@ def set_scaling(model: nn.Module, names: Iterable[str], scaling: float) -> None:
     """Let the adapters on the layers of these exact names add s·BA with this s."""
     index = ModelIndex(model)
     for name in names:
-        index.module(name).scaling[ADAPTER] = scaling  # type: ignore[index,union-attr]
+        layer: Any = index.module(name)
+        layer.scaling[ADAPTER] = scaling
 
 
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -84,10 +84,11 @@ def save_weights(model: PreTrainedModel, directory: Path, state: Mapping[str, Te
     held = held_types(model)
     resident = next((dtype for dtype in held.values()), model.dtype)
     target: torch.dtype = vars(model).get(_WRITTEN, resident)
-    tensors, cast = {**model.state_dict(), **(state or {})}, {}
+    tensors = {**model.state_dict(), **(state or {})}
     if not held and target == resident:
         model.save_pretrained(directory, state_dict=tensors)
         return
+    cast: dict[tuple[Any, ...], Tensor] = {}
     for name, tensor in tensors.items():
         dtype = held.get(name, tensor.dtype)
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied tensors stay one
