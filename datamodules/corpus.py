@@ -18,7 +18,7 @@ from fedbe.corpora.columns import as_strings
 from fedbe.data import FederatedDataModule, LeftOut, left_out_lines
 from fedbe.datamodules.flower import FlowerPartitioner, as_partitioner
 from fedbe.datamodules.partition import Partitioner, column_problems, partition_problems, raise_problems
-from fedbe.errors import ConfigError, Facts, Problem, under
+from fedbe.errors import NO_FACTS, ConfigError, Facts, Problem, under
 from fedbe.text.tokens import token_limit
 
 _log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class CorpusDataModule(FederatedDataModule):
         super().connect(tokenizer, model_config, seed)
         raise_problems(self._model_problems(self.key))
 
-    def check(self, key: str, facts: Facts) -> list[Problem]:
+    def check(self, key: str = "data.init_args", facts: Facts = NO_FACTS) -> list[Problem]:
         """Return every mistake in the configuration and the corpus; the splits are loaded once, here or in `setup`."""
         problems = [
             *(

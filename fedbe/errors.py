@@ -72,6 +72,10 @@ class Facts:
     timeout_seconds: float | None = None
 
 
+NO_FACTS = Facts()
+"""Nothing is known of the run."""
+
+
 @contextmanager
 def under(key: str) -> Iterator[None]:
     """Report the problems raised inside under `key`: what raises them knows its own arguments and not where it stands.

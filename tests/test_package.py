@@ -1,5 +1,6 @@
 """What importing the package does to the process, and what can be found in it."""
 
+import importlib
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+import fedbe
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,6 +104,14 @@ print(json.dumps([places, fedbe.__path__, (files("fedbe.configs") / "quickstart.
     home = path / "fedbe" if installed else ROOT
     assert places == {name: str(home / name) for name in ("callbacks", "datamodules", "configs")}
     assert search == [str(path / "fedbe")] and has_configs
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(fedbe._MOVED.items()))
+def test_a_module_that_has_moved_is_the_same_under_its_old_name(old, new):
+    sys.modules.pop(old, None)
+    with pytest.warns(FutureWarning, match=f"{old} is now {new}"):
+        assert importlib.import_module(old) is importlib.import_module(new)
+    assert importlib.import_module(old).__spec__.name == new
 
 
 def test_every_package_is_installed():

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from fedbe.data.batch import Batch, pad_samples
 from fedbe.data.fingerprint import MOST_SAMPLES, drawn_samples, fingerprint, seeded
 from fedbe.data.left_out import LeftOut
-from fedbe.errors import ConfigError, Facts, Problem
+from fedbe.errors import NO_FACTS, ConfigError, Facts, Problem
 
 
 class FederatedDataModule(L.LightningDataModule, ABC):
@@ -101,7 +101,7 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         """What of the data is neither trained on nor scored, and why; available after `setup`."""
         return ()
 
-    def check(self, key: str, facts: Facts) -> list[Problem]:
+    def check(self, key: str = "data.init_args", facts: Facts = NO_FACTS) -> list[Problem]:
         """Return the mistakes in this module's configuration that can be seen without loading anything large.
 
         Args:
@@ -203,7 +203,7 @@ class DataWrapper(FederatedDataModule):
         self.data.key = f"{self.key}.data.init_args"
         self.data.connect(tokenizer, model_config, seed)
 
-    def check(self, key: str, facts: Facts) -> list[Problem]:
+    def check(self, key: str = "data.init_args", facts: Facts = NO_FACTS) -> list[Problem]:
         """Return the mistakes in the other module's configuration, and why its batches cannot be changed."""
         return [*self._unseen(key), *self.data.check(f"{key}.data.init_args", facts)]
 
