@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+# Tests are shared out among as many processes, of one thread each: they are too small to gain by a second one.
+WORKERS ?= 2
+TESTS := -m pytest --numprocesses $(WORKERS) --dist worksteal
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
@@ -27,8 +30,8 @@ setup: $(VENV)/.installed  ## create the virtual environment and install fedbe i
 quickstart: setup  ## fine-tune the small model with ten clients and show what it learned and kept
 	$(BIN)/fedbe fit --config configs/quickstart.yaml
 
-test: setup  ## run the tests
-	WANDB_MODE=offline $(BIN)/python -m pytest
+test: setup  ## run the tests in two processes, or: make test WORKERS=8
+	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python $(TESTS)
 
 # Everything but torch, whose newest release may come with gigabytes of CUDA libraries: give another one by TORCH=.
 test-newest:  ## run the tests with the newest releases there are, and show all warnings
@@ -36,7 +39,7 @@ test-newest:  ## run the tests with the newest releases there are, and show all 
 	$(call new_environment,$(VENV)-newest)
 	echo 'torch==$(TORCH)' > $(VENV)-newest/torch.txt
 	$(VENV)-newest/bin/python -m pip install --quiet --constraint $(VENV)-newest/torch.txt --editable '.[dev]'
-	WANDB_MODE=offline $(VENV)-newest/bin/python -m pytest -W default
+	OMP_NUM_THREADS=1 WANDB_MODE=offline $(VENV)-newest/bin/python $(TESTS) -W default
 
 lint: setup  ## check style
 	$(BIN)/ruff check .
