@@ -150,7 +150,15 @@ _DELTA_NET = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-_LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
 _ROUTED = {
     **_GROUPED,
     "num_experts_per_tok": 2,
@@ -205,8 +213,8 @@ MATRIX: dict[str, Builder] = {
     ),
     "qwen3_moe_steps": _causal("Qwen3MoeConfig", **_EXPERTS, num_experts=4, head_dim=8, decoder_sparse_step=2),
     "qwen3_moe_dense": _causal("Qwen3MoeConfig", **_EXPERTS, num_experts=4, head_dim=8, mlp_only_layers=[0, 2]),
-    "deepseek_v2": _causal("DeepseekV2Config", **_ROUTED, **_LATENT),
-    "deepseek_v3": _causal("DeepseekV3Config", **_ROUTED, **_LATENT),
+    "deepseek_v2": _causal("DeepseekV2Config", **{**_ROUTED, **_LATENT}),
+    "deepseek_v3": _causal("DeepseekV3Config", **{**_ROUTED, **_LATENT}),
     "glm4_moe": _causal("Glm4MoeConfig", **_ROUTED, head_dim=8),
     "dots1": _causal("Dots1Config", **_ROUTED, head_dim=8),
     "ernie4_5": _causal("Ernie4_5Config", **_GROUPED, head_dim=8),
@@ -318,7 +326,6 @@ MATRIX: dict[str, Builder] = {
         "JambaConfig",
         **_GROUPED,
         num_experts=4,
-        use_mamba_kernels=False,
         mamba_d_state=8,
         mamba_dt_rank=4,
         attn_layer_period=2,
@@ -334,7 +341,7 @@ MATRIX: dict[str, Builder] = {
         laurel_rank=4,
         altup_num_inputs=2,
         layer_types=_MIXED,
-        activation_sparsity_pattern=0.0,
+        activation_sparsity_pattern=[0.0] * 4,
     ),
     "gemma4": _causal("Gemma4TextConfig", **_GROUPED, head_dim=8, layer_types=_MIXED),
     "cohere": _causal("CohereConfig", **_GROUPED),
@@ -343,7 +350,7 @@ MATRIX: dict[str, Builder] = {
     "arcee": _causal("ArceeConfig", **_GROUPED),
     "apertus": _causal("ApertusConfig", **_GROUPED),
     "nemotron": _causal("NemotronConfig", **_GROUPED),
-    "minicpm3": _causal("MiniCPM3Config", **_GROUPED, **_LATENT),
+    "minicpm3": _causal("MiniCPM3Config", **{**_GROUPED, **_LATENT}),
     "diffllama": _causal("DiffLlamaConfig", **_GROUPED),
     "hunyuan": _causal("HunYuanDenseV1Config", **_GROUPED, head_dim=8),
     "persimmon": _causal("PersimmonConfig", **_TOKENS, **_SIZES, max_position_embeddings=64),
@@ -375,10 +382,10 @@ MATRIX: dict[str, Builder] = {
     "t5": _of_class(
         "T5ForConditionalGeneration", "T5Config", **_TOKENS, d_model=32, d_ff=48, d_kv=8, num_heads=4, num_layers=4
     ),
-    "deit": _images("DeiTConfig"),
+    "deit": _of_class("DeiTForImageClassification", "DeiTConfig", **_SIZES, image_size=8, patch_size=4, num_labels=3),
     "beit": _images("BeitConfig", drop_path_rate=0.1, use_relative_position_bias=True),
     "data2vec_vision": _images("Data2VecVisionConfig", drop_path_rate=0.1, use_relative_position_bias=True),
-    "dinov3": _images("DINOv3ViTConfig", pos_embed_rescale=None),
+    "dinov3": _of_class("DINOv3ViTModel", "DINOv3ViTConfig", **_SIZES, image_size=8, patch_size=4),
     "ijepa": _images("IJepaConfig"),
     "clip": lambda: hf.AutoModelForImageClassification.from_config(
         hf.CLIPConfig(text_config={**_SIZES, "num_hidden_layers": 2}, vision_config={**_VISION, "num_hidden_layers": 4})
@@ -457,14 +464,19 @@ def batch(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    """Return the model's logits on `batch`, in evaluation mode."""
+    """Return the model's logits on `batch`, or its hidden states where it has none, in evaluation mode."""
     model.eval()
     with torch.no_grad():
-        return model(**batch(model)).logits
+        return _outputs(model)
+
+
+def _outputs(model: PreTrainedModel) -> Tensor:
+    output = model(**batch(model))
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
 def loss(model: PreTrainedModel) -> Tensor:
     """Return a loss on `batch` that reaches every output."""
-    output = model(**batch(model)).logits
+    output = _outputs(model)
     weights = torch.randn(output.shape, generator=generator(3)).to(output.dtype)
     return (output.log_softmax(-1) * weights).sum()

@@ -27,6 +27,7 @@ from fedbe.expansion.gate import (
 from fedbe.expansion.token_gate import TokenGate
 from fedbe.messages import FitTask, Structure
 from fedbe.modeling.architecture import stack_config_of
+from fedbe.modeling.verification import observe
 from fedbe.seeding import generator
 from fedbe.text.packing import pack
 from fedbe.text.reference import batches_of, corpus_text, own_text
@@ -113,6 +114,7 @@ class Gate(Adaptation):
 
         Raises:
             ConfigError: None of them has anything that a gate can be put on.
+            ExpansionError: The gated model does not run, with or without a key-value cache.
         """
         self._install(model, TokenGate(stack_config_of(model).hidden_size, self.block, self.mode))
         parts = ({name: t.to(model.device) for name, t in part.items()} for part in batches_of(self._shut_on, 16))
@@ -121,6 +123,7 @@ class Gate(Adaptation):
         gate = self._installed(model)
         gate.standardise(self._negatives)
         self._scale(gate, structure or {})
+        _refuse_failing_passes(model, inputs)
 
     def structure(self) -> Structure:
         """Return by what features are standardised: the server's, whatever another machine computes."""
@@ -218,6 +221,20 @@ class Gate(Adaptation):
         if gate is None:
             raise RuntimeError("the gate is there after `prepare` has been called")
         return gate
+
+
+def _refuse_failing_passes(model: PreTrainedModel, inputs: Batch) -> None:
+    """Check that a gated model runs as a whole and with a cache, before it is trained.
+
+    Raises:
+        ExpansionError: If it does not.
+    """
+    try:
+        observe(model, [inputs])
+    # An unknown architecture may fail in any way.
+    except Exception as error:
+        name, reason = type(model).__name__, f"{type(error).__name__}: {error}"
+        raise ExpansionError(f"{name} cannot be gated by token: train its blocks without a gate ({reason}).") from error
 
 
 def cut_at_random(row: Tensor, longest: int, chance: torch.Generator) -> list[Tensor]:

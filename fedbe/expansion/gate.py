@@ -5,14 +5,16 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from fedbe.errors import ExpansionError
 from fedbe.expansion.expand import Expansion
-from fedbe.expansion.token_gate import TokenGate
+from fedbe.expansion.token_gate import TokenGate, first_output
 from fedbe.modeling.architecture import find_blocks, stack_config_of
+from fedbe.modeling.passes import evaluation_mode, stop_at
+from fedbe.modeling.verification import probe_inputs
 
 MODULE_NAME = "token_gate"
 
@@ -30,7 +32,7 @@ def install_gate(model: PreTrainedModel, expansion: Expansion | None, gate: Toke
 
     Raises:
         ExpansionError: If there is a gate already, an expanded block does not lie above the block that the gate sees,
-            or the model was not expanded like this.
+            its outputs are not [batch, sequence, hidden], or the model was not expanded like this.
     """
     if find_gate(model) is not None:
         raise ExpansionError(f"{type(model).__name__} has a gate already: take it out with remove_gate first.")
@@ -45,8 +47,7 @@ def install_gate(model: PreTrainedModel, expansion: Expansion | None, gate: Toke
         remedy = f"give one from 0 to {lowest}: all that is gated must lie above it"
         raise ExpansionError(f"`block` = {gate.block}, the block whose output the gate sees: {remedy}.")
     seen = stack.blocks[gate.block]  # no expanded block lies below, so its index is that in the base model
-    # What an attention does not state, as Bloom's, is causal.
-    gate.causal = all(getattr(module, "is_causal", True) for module in seen.modules())
+    gate.causal = _is_causal(model, seen)
     gate.to(next(seen.parameters()).device).train(model.training)
     gate.attach(model.base_model, seen, gated, stack.depth)
     model.base_model.add_module(MODULE_NAME, gate)
@@ -159,6 +160,35 @@ def gate_loss(gate: TokenGate, positive: Tensor, negative: Tensor, openness: flo
     Source: ours.
     """
     return openness * softplus(-gate(positive)).mean() + (1 - openness) * softplus(gate(negative)).mean()
+
+
+def _is_causal(model: PreTrainedModel, seen: nn.Module) -> bool:
+    """Whether what a block makes of a token depends on earlier ones only: as its attention states, or by a trial."""
+    if model.main_input_name != "input_ids":
+        return False
+    ids, other = (_changed_at_end(model, by) for by in (0, 1))
+    first, second = _output_of(model, seen, ids), _output_of(model, seen, other)
+    if first.shape[:2] != ids.shape:
+        shape, name = tuple(first.shape), type(model).__name__
+        raise ExpansionError(
+            f"A block of {name} gives {shape} for tokens {tuple(ids.shape)}: it cannot be gated by token."
+        )
+    stated = [module.is_causal for module in seen.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    # Experts round differently with other tokens beside.
+    noise = 4 * torch.finfo(first.dtype).eps * first.abs().max()
+    return all(stated) if stated else bool((first - second)[:, :-1].abs().max() <= noise)
+
+
+def _changed_at_end(model: PreTrainedModel, by: int) -> Tensor:
+    ids = probe_inputs(model)[0]["input_ids"][:1].clone()
+    ids[:, -1] = (ids[:, -1] + by) % stack_config_of(model).vocab_size
+    return ids.to(model.device)
+
+
+def _output_of(model: PreTrainedModel, seen: nn.Module, ids: Tensor) -> Tensor:
+    with evaluation_mode(model, inference=False), torch.no_grad(), stop_at(seen) as stopped:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return first_output(stopped.output)
 
 
 def _installed(model: PreTrainedModel) -> TokenGate:

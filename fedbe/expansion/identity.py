@@ -152,12 +152,12 @@ def apply_residual_gate(
     Source: ours (the identity of a post-norm block).
     """
     hidden = args[0] if args else kwargs["hidden_states"]
-    first = output[0] if isinstance(output, tuple) else output
+    first = output[0] if isinstance(output, (tuple, list)) else output
     gate = getattr(module, GATE_NAME)
     if not isinstance(hidden, Tensor) or not isinstance(first, Tensor):
         raise ExpansionError(f"{type(module).__name__} does not map hidden states to such: it cannot be gated.")
     gated = hidden + gate * (first - hidden)
-    return (gated, *output[1:]) if isinstance(output, tuple) else gated
+    return type(output)((gated, *output[1:])) if isinstance(output, (tuple, list)) else gated
 
 
 def _add_gate(block: nn.Module) -> None:

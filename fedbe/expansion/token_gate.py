@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from fedbe.errors import ExpansionError
-from fedbe.expansion.running_mean import mean_so_far, sums_in
+from fedbe.expansion.running_mean import earlier_in, mean_so_far
 from fedbe.modeling.passes import stop_at
 
 Mode = Literal["open", "shut", "soft", "hard"]
@@ -173,7 +173,7 @@ class TokenGate(nn.Module):
 
     def _note(self, output: Any) -> Tensor:
         """Keep and return what the seen block gives, without history, so that a model that holds it can be copied."""
-        self._hidden, self.opening = _first(output).detach(), None
+        self._hidden, self.opening = first_output(output).detach(), None
         return self._hidden
 
     @torch.no_grad()
@@ -183,7 +183,8 @@ class TokenGate(nn.Module):
         of_token, of_mean = (
             (hidden.float() - mean) @ w for mean, w in zip(self.mean.chunk(2), weight.chunk(2), strict=True)
         )
-        context = mean_so_far(of_mean[..., None], self._mask(hidden), self.causal, sums_in(cache, self._depth))
+        earlier = earlier_in(cache, self._depth, self.block)
+        context = mean_so_far(of_mean[..., None], self._mask(hidden), self.causal, earlier)
         logits = of_token + context[..., 0] + bias
         return logits.sigmoid() if self.mode == "soft" else (logits > 0).float()
 
@@ -212,8 +213,8 @@ class TokenGate(nn.Module):
             gated = hidden
         else:
             # Exact at both ends, which x + g·(Block(x) - x) is not at g = 1.
-            gated = torch.lerp(hidden, _first(output), self._weights(hidden, type(module).__name__))
-        return (gated, *output[1:]) if isinstance(output, tuple) else gated
+            gated = torch.lerp(hidden, first_output(output), self._weights(hidden, type(module).__name__))
+        return type(output)((gated, *output[1:])) if isinstance(output, (tuple, list)) else gated
 
     def _gate_adapter(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self.training or self.mode == "open":
@@ -228,6 +229,7 @@ class TokenGate(nn.Module):
         return self.opening.reshape(*like.shape[:-1], 1).to(like)
 
 
-def _first(output: Any) -> Tensor:
-    first: Tensor = output[0] if isinstance(output, tuple) else output
+def first_output(output: Any) -> Tensor:
+    """Return the hidden states among what a block gives."""
+    first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return first

@@ -96,7 +96,7 @@ def find_blocks(model: PreTrainedModel) -> BlockStack:
     lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     fitting = [(path, blocks) for path, blocks in lists if len(blocks) == depth and _alike(blocks)]
     if not fitting:
-        found = ", ".join(f"{path} ({len(blocks)})" for path, blocks in lists) or "none"
+        found = ", ".join(f"{path} ({_kinds(blocks)})" for path, blocks in lists) or "none"
         raise ExpansionError(
             f"{type(model).__name__} has no list of {depth} blocks of one class, as its configuration states; "
             f"lists found: {found}."
@@ -173,6 +173,11 @@ def refuse_positions(stack: BlockStack, positions: Sequence[int]) -> None:
 
 def _alike(blocks: nn.ModuleList) -> bool:
     return len({type(block) for block in blocks}) == 1 and next(blocks.parameters(), None) is not None
+
+
+def _kinds(blocks: nn.ModuleList) -> str:
+    classes = {type(block).__name__ for block in blocks}
+    return f"{len(blocks)}" if len(classes) == 1 else f"{len(blocks)} of {', '.join(sorted(classes))}"
 
 
 def _size(module: nn.Module) -> int:

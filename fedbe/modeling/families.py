@@ -159,7 +159,14 @@ for _family in (
         ),
         writers=_GATED_MLP,
     ),
-    Family(("mixtral", "olmoe", "phimoe", "granitemoe"), writers=(*_EXPERTS, "block_sparse_moe.output_linear.weight")),
+    Family(("mixtral", "olmoe", "phimoe"), writers=_EXPERTS),
+    Family(
+        ("jetmoe",),
+        writers=(
+            *("self_attention.experts.output_linear", "self_attention.experts.bias"),
+            *("mlp.output_linear", "mlp.bias"),
+        ),
+    ),
     Family(("qwen3_moe",), writers=_MIXED, block_index_lists=_DENSE, spell_out=_list_dense_blocks),
     Family(("qwen2_moe",), writers=_SHARED_EXPERT, block_index_lists=_DENSE, spell_out=_list_dense_blocks),
     Family(
@@ -209,8 +216,8 @@ for _family in (
     Family(("bamba",), writers=(*_MAMBA_MIXED, "feed_forward.down_proj"), block_index_lists=("attn_layer_indices",)),
     Family(("falcon_h1",), writers=(*_MAMBA_MIXED, "feed_forward.down_proj")),
     Family(
-        ("granitemoehybrid", "granitemoeshared"),
-        writers=(*_MAMBA_MIXED, "block_sparse_moe.output_linear", "shared_mlp.output_linear"),
+        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        writers=(*_MAMBA_MIXED, "block_sparse_moe.experts.down_proj", "shared_mlp.output_linear"),
     ),
     Family(
         ("recurrent_gemma",),
@@ -232,10 +239,13 @@ for _family in (
     Family(("falcon", "bloom"), writers=("self_attention.dense", "mlp.dense_4h_to_h")),
     Family(("mpt",), writers=("attn.out_proj", "ffn.down_proj")),
     Family(("opt",), writers=("self_attn.out_proj", "fc2"), post_norm=True),
+    Family(("biogpt", "xglm"), writers=("self_attn.out_proj", "fc2")),
+    Family(("persimmon",), writers=("self_attn.dense", "mlp.dense_4h_to_h")),
+    Family(("t5", "mt5", "umt5"), writers=("layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo")),
     Family(("modernbert",), writers=("attn.out_proj", "attn.Wo", "mlp.Wo")),
     Family(("modernbert-decoder",), writers=("attn.out_proj", "attn.Wo", "mlp.Wo")),
-    Family(("esm",), writers=("attention.output.dense", "output.dense")),
-    Family(("vit", "deit", "ijepa"), writers=("attention.o_proj", "mlp.fc2")),
+    Family(("esm", "data2vec-vision"), writers=("attention.output.dense", "output.dense")),
+    Family(("vit", "deit", "ijepa", "beit"), writers=("attention.o_proj", "mlp.fc2")),
     Family(("clip_vision_model", "clip_text_model", "siglip_vision_model"), writers=("self_attn.out_proj", "mlp.fc2")),
     Family(("dinov2", "dinov3_vit"), output_norms=("layer_scale1", "layer_scale2")),
     Family(
