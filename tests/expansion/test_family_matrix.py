@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from families import FAMILIES, MATRIX, batch, logits, perturb, tiny
+from test_gate import gate_of, gated, generate, prompt
 
 from fedbe.errors import ExpansionError
 from fedbe.expansion import expand_blocks, scale_blocks
-from tests.expansion.families import FAMILIES, MATRIX, batch, logits, perturb, tiny
-from tests.expansion.test_gate import gate_of, gated, generate, prompt
 
 REFUSED = {
     "albert": "share their weights",
