@@ -75,7 +75,8 @@ _STANDARD = {*sys.stdlib_module_names, *sys.builtin_module_names, "jsonargparse"
 
 def own_modules(apart: Path | None = None) -> tuple[set[str], set[str]]:
     """Return the top-level modules in the user's own places, and those which lead into the folder `apart`."""
-    own, refused = set(), set()
+    own: set[str] = set()
+    refused: set[str] = set()
     for place in _own_places():
         for entry in place.iterdir():
             name = entry.name.removesuffix(".py")
@@ -155,7 +156,8 @@ def _judged(found: Any, path: str, kinds: Sequence[type]) -> type | str:
     if not any(_is_a(found, kind) for kind in kinds):
         return f"is no {wanted}{_offer(path, kinds)}"
     if inspect.isabstract(found):
-        return f"lacks {', '.join(sorted(found.__abstractmethods__))}: write these methods, or give another class"
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        return f"lacks {missing}: write these methods, or give another class"
     return found
 
 
@@ -189,7 +191,7 @@ def _subclasses(kinds: Sequence[type]) -> set[type]:
     found = set(kinds)
     todo = list(kinds)
     while todo:
-        new = set(todo.pop().__subclasses__()) - found
+        new: set[type] = set(todo.pop().__subclasses__()) - found
         found |= new
         todo += new
     return found

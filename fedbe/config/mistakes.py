@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -95,7 +95,7 @@ def collect(kind: type, raw: Mapping[Any, Any], key: str = "", skip: Iterable[st
         if name not in signature.names:
             problems.append(Problem(where, value, _unknown(where, str(name), value, signature.names)))
             continue
-        found, left = _value(signature.hint(name), value, where, lambda v, name=name: signature.takes(name, v))
+        found, left = _value(signature.hint(name), value, where, partial(signature.takes, name))
         problems += found
         if left is not _GONE:
             rest[name] = left
@@ -133,7 +133,7 @@ def _inside(hint: Any, value: Any, key: str, takes: Callable[[Any], bool]) -> Fo
         parts = [_value(element, part, f"{key}[{index}]", lambda v: takes([v])) for index, part in enumerate(value)]
         return [problem for found, _ in parts for problem in found], [left for _, left in parts if left is not _GONE]
     if isinstance(value, dict) and not kinds and (element := _argument(hint, Mapping, -1)) is not None:
-        named = {n: _value(element, p, below(key, n), lambda v, n=n: takes({n: v})) for n, p in value.items()}
+        named = {n: _value(element, p, below(key, n), _in_mapping(takes, n)) for n, p in value.items()}
         rest = {name: left for name, (_, left) in named.items() if left is not _GONE}
         return [problem for found, _ in named.values() for problem in found], rest
     if isinstance(value, dict) and kinds:
@@ -225,7 +225,7 @@ def _hints(kind: type) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         try:
-            hints |= get_type_hints(base.__init__) if "__init__" in vars(base) else {}
+            hints |= get_type_hints(vars(base)["__init__"]) if "__init__" in vars(base) else {}
         except (NameError, TypeError, AttributeError):  # of types that are imported for type checkers alone
             continue
     return hints
@@ -242,6 +242,10 @@ def _is_type(hint: Any) -> bool:
 
 def _may_be_null(hint: Any) -> bool:
     return any(option in (Any, object, None, type(None)) for option in _options(hint))
+
+
+def _in_mapping(takes: Callable[[Any], bool], name: Any) -> Callable[[Any], bool]:
+    return lambda value: takes({name: value})
 
 
 def _takes_text(hint: Any) -> bool:

@@ -131,8 +131,10 @@ def _list_block_types(config: PreTrainedConfig) -> None:
 
 
 def _deepstack_blocks(config: PreTrainedConfig) -> int:
-    vision = getattr(config, "vision_config", None)
-    return len(getattr(vision, "deepstack_visual_indexes", None) or getattr(config, "deepstack_visual_indexes", ()))
+    for described in (getattr(config, "vision_config", None), config):
+        if indexes := getattr(described, "deepstack_visual_indexes", None):
+            return len(indexes)
+    return 0
 
 
 def _spatially_fed_blocks(config: PreTrainedConfig) -> int:

@@ -68,7 +68,7 @@ def _without_memory(model: PreTrainedModel) -> Iterator[None]:
     """Let a model forget inside the block how positions were counted in its last pass, which was of other inputs."""
     kept = [(module, vars(module)["rope_deltas"]) for module in model.modules() if "rope_deltas" in vars(module)]
     for module, _ in kept:
-        module.rope_deltas = None
+        vars(module)["rope_deltas"] = None
     try:
         yield
     finally:
