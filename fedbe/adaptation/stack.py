@@ -133,6 +133,11 @@ class Stack(Adaptation):
     def grow(self, model: PreTrainedModel, structure: Structure, inputs: Batch | None = None) -> Mapping[str, str]:
         """Detach all parts, let those grow whose structure is another one, and attach them again.
 
+        Args:
+            model: The adapted model.
+            structure: The structure to come to; what it leaves out stays as it is.
+            inputs: A real batch; made up if left out.
+
         Raises:
             ValueError: A name in the structure is no part's, or a parameter of one part was moved by another.
         """
@@ -142,7 +147,7 @@ class Stack(Adaptation):
         self.detach(model)
         try:
             for part in self._parts:
-                own = {name: structure[name] for name in part.structure()}
+                own = {name: structure.get(name, now) for name, now in part.structure().items()}
                 if own != dict(part.structure()):
                     renamed = composed(renamed, self._grown(part, model, own, inputs))
         finally:
