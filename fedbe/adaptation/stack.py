@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Stack(Adaptation):
     """Adaptations that are prepared one after another: names, units and structures are those of all.
 
-    Each part is called with its own tensors only. The first part is what clients probe for and what is exported, with
+    Each part loads and returns its own tensors only. The first part is what clients probe for and what is exported, with
     the others in it or not as they say (`Adaptation.exported_beside`). When the structure changes, every part is
     detached meanwhile.
 
@@ -104,8 +104,8 @@ class Stack(Adaptation):
             part.begin(model, own, own_kept)
 
     def added_loss(self, model: PreTrainedModel, task: FitTask) -> Callable[[], Tensor] | None:
-        """Return the sum of what the parts add to a client's loss."""
-        added = [part.added_loss(model, own) for part, own, _ in self._split(task, {})]
+        """Return the sum of what the parts add to a client's loss; each sees the whole task."""
+        added = [part.added_loss(model, task) for part in self._parts]
         losses = [loss for loss in added if loss is not None]
         if len(losses) < 2:
             return losses[0] if losses else None

@@ -184,7 +184,7 @@ def test_growth_keeps_the_function_and_renames_what_belongs_to_parameters(tmp_pa
         loop._train()
         before, moments = outputs(loop.model), {n: m["m"].sum().item() for n, m in server.moments.items()}
         loop.record.downstream = {"accuracy": 0.0}
-        loop._grow()
+        loop.restructured(loop.server.grow(loop.record.to_dict(), loop._inputs))
         assert torch.equal(outputs(loop.model), before)
         positions.append(blocks.expansion.positions)
         after = {n: m["m"].sum().item() for n, m in server.moments.items()}
