@@ -22,8 +22,8 @@ T = TypeVar("T")
 class Stack(Adaptation):
     """Adaptations that are prepared one after another: names, units and structures are those of all.
 
-    Each part loads and returns its own tensors only. The first part is what clients probe for and what is exported, with
-    the others in it or not as they say (`Adaptation.exported_beside`). When the structure changes, every part is
+    Each part loads and returns its own tensors only. The first part is what clients probe for and what is exported,
+    with the others in it or not as they say (`Adaptation.exported_beside`). When the structure changes, every part is
     detached meanwhile.
 
     Args:

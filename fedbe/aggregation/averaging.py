@@ -2,8 +2,10 @@
 
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +38,19 @@ class Averaging(Part):
         """Return the aggregator of one round, starting from the global tensors `state`."""
         return HolderMean(state)
 
+    def asked(self, clients: int, present: int) -> None:
+        """Learn how many clients a round has asked, replacements included, and how many were there to be asked."""
+
     def figures(self, rounds: int) -> dict[str, float]:
         """Return what is worth noting after so many rounds, for `metrics.jsonl`."""
         return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it takes to continue, as plain JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
 
 
 class SampleWeighted(Averaging):
@@ -72,9 +84,40 @@ class NormClipping(Averaging):
 
 
 class Collected(Averaging):
-    """Base class of rules that need all updates of a round at once; they take the memory of a cohort's updates."""
+    """Base class of rules that need all updates of a round at once; they take the memory of a cohort's updates.
+
+    A tensor with fewer holders than the rule needs to withstand anybody is averaged all the same; how many such tensors
+    a round had stands under ``averaging.unprotected_tensors`` in `metrics.jsonl`.
+    """
 
     needs = frozenset({Trait.AGGREGATION, Trait.SERVER_SEES_UPDATES})
+    _unprotected = 0
+
+    @property
+    def least_holders(self) -> int:
+        """How many clients must send a tensor for the rule to withstand one of them."""
+        return 1
+
+    def figures(self, rounds: int) -> dict[str, float]:
+        """Return how many tensors of the last round had too few holders, where there were any."""
+        return {"unprotected_tensors": self._unprotected} if self._unprotected else {}
+
+    def unite(self, updates: Sequence[Update], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the next global tensors, by `combine` tensor by tensor."""
+        return {name: self._united(name, tensor, updates) for name, tensor in state.items()}
+
+    def _united(self, name: str, before: Tensor, updates: Sequence[Update]) -> Tensor:
+        holders = [update for update in updates if name in update.tensors]
+        if not holders:
+            return before
+        values = torch.stack([update.tensors[name].detach().float().flatten() for update in holders])
+        weights = torch.tensor([update.samples for update in holders])
+        return self.combine(values, weights).reshape(before.shape).to(before.dtype)
+
+    def note(self, updates: Sequence[Update]) -> None:
+        """Count the tensors that too few clients have sent."""
+        holders = Counter(name for update in updates for name in update.tensors)
+        self._unprotected = sum(count < self.least_holders for count in holders.values())
 
     def begin(self, state: Mapping[str, Tensor], round_index: int) -> Aggregator:
         """Return an aggregator that collects."""
@@ -95,6 +138,11 @@ class CoordinateMedian(Collected):
 
     Source: arXiv 1803.01498.
     """
+
+    @property
+    def least_holders(self) -> int:
+        """Three: the median of two is their mean."""
+        return 3
 
     def combine(self, values: Tensor, weights: Tensor) -> Tensor:
         """Return the medians."""
@@ -119,15 +167,22 @@ class TrimmedMean(Collected):
             return []
         return [Problem(f"{key}.share", self.share, "give a share from 0 to below 0.5")]
 
+    @property
+    def least_holders(self) -> int:
+        """As many as it takes to leave one out at either end."""
+        return math.ceil(round(1 / self.share, 9)) if self.share else 1
+
     def combine(self, values: Tensor, weights: Tensor) -> Tensor:
         """Return the trimmed means."""
         return trimmed_mean(values, int(round(self.share * len(values), 9)))
 
 
 class Krum(Collected):
-    """The holders whose tensor is nearest to those of the others: one of them (Krum), or the mean of several.
+    """The clients whose change is nearest to those of the others: one of them (Krum), or the mean of several.
 
-    A holder's score is the sum of its squared distances to its k − f − 2 nearest others, at least one; lowest is best.
+    A client's change is one vector over all tensors of the round, 0 where it trained none (the latter ours). Its score
+    is the sum of its squared distances to its k − f − 2 nearest others, at least one; lowest is best. The rule's
+    guarantee is for k ≥ 2f + 3 clients, each of which trains everything.
 
     Args:
         malicious: f: how many clients of a round may be hostile.
@@ -149,12 +204,31 @@ class Krum(Collected):
             if value < minimum
         ]
 
+    @property
+    def least_holders(self) -> int:
+        """2f + 3."""
+        return 2 * self.malicious + 3
+
+    def unite(self, updates: Sequence[Update], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the best clients; those that none of them trained keep their value."""
+        best = self.best(updates, state)
+        return {name: self._united(name, tensor, best) for name, tensor in state.items()}
+
+    def best(self, updates: Sequence[Update], state: Mapping[str, Tensor]) -> Sequence[Update]:
+        """Return the updates with the best scores, in the order of the cohort; of equal ones the first is better."""
+        squares: Tensor | float = 0.0
+        for name, before in state.items():
+            changes = [update.tensors.get(name, before).detach().float().flatten() for update in updates]
+            if any(name in update.tensors for update in updates):
+                squares = squares + squared_distances(torch.stack(changes))
+        if not isinstance(squares, Tensor):
+            return updates
+        order = krum_scores(squares, self.malicious).argsort(stable=True)
+        return [updates[index] for index in sorted(order[: self.take].tolist())]
+
     def combine(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Return the mean of the holders with the best scores; of two equal ones the first is better."""
-        scores = krum_scores(values, self.malicious)
-        best = scores.argsort(stable=True)[: self.take].sort().values
-        share = weights[best].float() / weights[best].sum()
-        return share @ values[best]
+        """Return the mean, weighted by samples."""
+        return weights.float() / weights.sum() @ values
 
 
 def trimmed_mean(values: Tensor, count: int) -> Tensor:
@@ -163,17 +237,29 @@ def trimmed_mean(values: Tensor, count: int) -> Tensor:
     return kept.mean(0)
 
 
-def krum_scores(values: Tensor, malicious: int) -> Tensor:
-    """Return each row's sum of squared distances to its nearest others. Shape ``[k]``.
+def squared_distances(values: Tensor) -> Tensor:
+    """Return the squared Euclidean distances between rows. Shape ``[k, k]``."""
+    return torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def krum_scores(squares: Tensor, malicious: int) -> Tensor:
+    """Return each client's sum of squared distances to its nearest others. Shape ``[k]``.
 
     Args:
-        values: Shape ``[k, n]``.
+        squares: Squared distances between clients. Shape ``[k, k]``.
         malicious: f of the rule.
     """
-    nearest = max(1, len(values) - malicious - 2)
-    distances = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
-    distances.fill_diagonal_(math.inf)
-    return distances.sort(dim=1).values[:, : min(nearest, len(values) - 1)].sum(1)
+    count = len(squares)
+    nearest = min(max(1, count - malicious - 2), count - 1)
+    others = squares.clone().fill_diagonal_(math.inf)
+    return others.sort(dim=1).values[:, :nearest].sum(1)
+
+
+def clipped_changes(update: Update, state: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
+    """Return an update's changes, float32; as one vector over all tensors they are scaled down to the norm `bound`."""
+    changes = {name: tensor.float() - state[name].float() for name, tensor in update.tensors.items()}
+    norm = torch.nn.utils.get_total_norm(changes.values()).item() if changes else 0.0
+    return changes if norm <= bound else {name: change * (bound / norm) for name, change in changes.items()}
 
 
 def clip_update(update: Update, state: Mapping[str, Tensor], bound: float) -> Update:
@@ -208,12 +294,5 @@ class _Collector:
         self._updates.append(update)
 
     def result(self) -> dict[str, Tensor]:
-        return {name: self._combined(name, tensor) for name, tensor in self._state.items()}
-
-    def _combined(self, name: str, before: Tensor) -> Tensor:
-        holders: Sequence[Update] = [update for update in self._updates if name in update.tensors]
-        if not holders:
-            return before
-        values = torch.stack([update.tensors[name].detach().float().flatten() for update in holders])
-        weights = torch.tensor([update.samples for update in holders])
-        return self._rule.combine(values, weights).reshape(before.shape).to(before.dtype)
+        self._rule.note(self._updates)
+        return self._rule.unite(self._updates, self._state)

@@ -78,6 +78,22 @@ def batches_per_step(options: Mapping[str, Any], batches: int) -> float:
     return float(epochs * taken + min(rest * accumulate, taken)) / steps
 
 
+def most_samples(options: Mapping[str, Any], samples: float, batch_size: int) -> float:
+    """Return how many samples a client can see in a round at most; infinity where nothing limits it.
+
+    Args:
+        options: The arguments of its `L.Trainer`.
+        samples: Number of its training samples.
+        batch_size: Samples in a batch.
+    """
+    steps, epochs = options.get("max_steps", -1), options.get("max_epochs", -1)
+    of_epochs: float = epochs * samples if epochs > 0 else math.inf
+    if steps <= 0 or not math.isfinite(samples):
+        return of_epochs
+    whole, batches = divmod(steps * options.get("accumulate_grad_batches", 1), math.ceil(samples / batch_size))
+    return float(min(whole * samples + min(batches * batch_size, samples), of_epochs))
+
+
 def epoch_batches(options: Mapping[str, Any], batches: int) -> int:
     """Return how many of a client's batches it takes in an epoch, as ``limit_train_batches`` says."""
     limit = options.get("limit_train_batches", 1.0)

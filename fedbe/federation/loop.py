@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from fedbe.aggregation import Averaging, Mean, SampleWeighted, ServerOptimizer
 from fedbe.algorithms.base import Algorithm
 from fedbe.client.plan import LocalPlan, prepare_model
+from fedbe.client.trainer import most_samples
 from fedbe.data import Batch
 from fedbe.engines.base import Engine
 from fedbe.errors import UpdateError
@@ -103,7 +105,13 @@ class FederatedLoop:
         self.server = Server(self.model, self.algorithm, self.averaging, self.server_optimizer, self.plan.objective)
         self.scorer = Scorer(self.server, self.engine)
         self.round = RoundLoop(
-            self.server, self.engine, self.sampler, self.quorum, self.hooks, self.raise_if_interrupted
+            self.server,
+            self.engine,
+            self.sampler,
+            self.quorum,
+            self.hooks,
+            self.raise_if_interrupted,
+            most_samples=self._most_samples,
         )
 
     def run(self, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
@@ -224,6 +232,11 @@ class FederatedLoop:
 
     # --- parts of a round --------------------------------------------------------------------------------------------
 
+    def _most_samples(self, client_id: str) -> float:
+        """Return how many samples a client can have seen in a round, by the number that it has announced."""
+        announced, plan = self.engine.samples.get(client_id, math.inf), self.plan
+        return most_samples(plan.trainer, announced, plan.data.batch_size)
+
     def _train(self) -> None:
         before = snapshot(self.server, self.scorer)
         self.round.run()
@@ -233,6 +246,8 @@ class FederatedLoop:
         except UpdateError as error:  # of all updates together: each by itself was finite
             roll_back(self.server, self.scorer, self.record, before, str(error))
             return
+        finally:
+            self.record.averaging = self.round.figures()
         self.hooks.call("on_aggregate", new_state)
         self.server.restore(new_state)
         self.scorer.scores = Scores()

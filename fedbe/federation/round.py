@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +19,7 @@ from fedbe.federation.quorum import Quorum
 from fedbe.federation.record import RoundRecord
 from fedbe.federation.server import Server
 from fedbe.federation.validation import check_form
-from fedbe.messages import Failure, FitTask, Outcome
+from fedbe.messages import Failure, FitTask, Outcome, Update
 
 _NAMED = 10
 
@@ -37,6 +38,7 @@ class RoundLoop:
         experience: Index of the task of a sequence.
         record: The line of `metrics.jsonl` of the round under way.
         timing: How long the round takes.
+        most_samples: Client → how many samples it can have seen in a round, by the number that it has announced.
         kept_outcomes: Where what clients have sent is kept until the round is done; ``None`` for nowhere.
     """
 
@@ -50,7 +52,10 @@ class RoundLoop:
     record: RoundRecord = field(default_factory=lambda: RoundRecord(0))
     timing: RoundTiming = field(default_factory=lambda: RoundTiming(None))
     kept_outcomes: KeptOutcomes | None = None
+    most_samples: Callable[[str], float] = lambda client_id: math.inf
     _begun: int = field(default=0, repr=False)
+    _present: int = field(default=0, repr=False)
+    _capped: int = field(default=0, repr=False)
     _failures: list[Failure] = field(default_factory=list, repr=False)
 
     @property
@@ -62,9 +67,10 @@ class RoundLoop:
         """Draw the cohort and allocate; the record says who is to train what."""
         self._begun, self._failures = 0, []
         self.timing = RoundTiming(self.engine.capabilities)
-        cohort = self.sampler.sample(
-            self.engine.client_ids, self.experience, number - 1, self.engine.available(number - 1)
-        )
+        available = self.engine.available(number - 1)
+        cohort = self.sampler.sample(self.engine.client_ids, self.experience, number - 1, available)
+        self._present = len(self.engine.client_ids if available is None else available)
+        self._capped = 0
         self.record = RoundRecord(number, self.experience)
         self._allocate(cohort)
         self.record.explanation = self.server.algorithm.strategy.explanation()
@@ -82,7 +88,12 @@ class RoundLoop:
         while (lacking := needed - (self._begun - len(self._failures))) > 0:
             self._train(self._others(lacking, most))
         self.record.client_seconds, self.record.late = self.timing.seconds, self.timing.late
-        self.record.averaging = self.server.averaging.figures(self.record.round)
+        self.server.averaging.asked(len(self.record.cohort), self._present)
+
+    def figures(self) -> dict[str, float]:
+        """Return what the averaging of the round's updates has to say, for its record."""
+        capped = {"capped_samples": self._capped} if self._capped else {}
+        return self.server.averaging.figures(self.record.round) | capped
 
     def _allocate(self, cohort: list[str]) -> Mapping[str, list[str]]:
         units = self.server.algorithm.strategy.allocate(cohort, self.index)
@@ -143,12 +154,21 @@ class RoundLoop:
                 return outcome
             if outcome is not sent:
                 check_form(task, outcome)
+            outcome = self._capped_samples(task, outcome)
             if self.timing.in_time(task, outcome):
                 self.server.receive(task, outcome, self._peeked(task))
         except UpdateError as error:
             return Failure(task.client_id, "update", str(error))
         self.hooks.call("on_client_end", task, outcome)
         return None
+
+    def _capped_samples(self, task: FitTask, update: Update) -> Update:
+        """Return the update with no more samples than the client can have seen: they are its weight in the average."""
+        most = self.most_samples(task.client_id)
+        if update.samples <= most:
+            return update
+        self._capped += 1
+        return replace(update, samples=int(most))
 
     def _peeked(self, task: FitTask) -> dict[str, Tensor]:
         names = self.server.algorithm.strategy.peeked_names

@@ -189,6 +189,7 @@ class Server:
             "structure": dict(self.structure),
             "accepted": dict(self.accepted),
             "strategy": self.algorithm.strategy.state_dict(),
+            "averaging": self.averaging.state_dict(),
         }
 
     def come_to(self, state: Mapping[str, Any]) -> Mapping[str, str] | None:
@@ -209,6 +210,7 @@ class Server:
         self.restore({name: known[name] for name in self.algorithm.adaptation.state_names if name in known} | known)
         self.algorithm.strategy.load_state_dict(state["strategy"])
         self.algorithm.strategy.load_tensors(owned.get("strategy", {}), self.state)
+        self.averaging.load_state_dict(state.get("averaging", {}))
         self.accepted = dict(state["accepted"])
 
     def _trainable_state(self) -> dict[str, Tensor]:

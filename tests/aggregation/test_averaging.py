@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbe.aggregation import CoordinateMedian, HolderMean, Krum, NormClipping, PrivateMean, SampleWeighted, TrimmedMean
-from fedbe.aggregation.averaging import clip_update, krum_scores
+from fedbe.aggregation.averaging import clip_update, krum_scores, squared_distances
 from fedbe.errors import Facts, UpdateError
 from fedbe.messages import Update
 from fedbe.seeding import generator
@@ -71,7 +71,9 @@ def test_krum_s_scores_are_those_of_the_rule_written_out(count, seed, malicious)
     near = max(1, count - malicious - 2)
     for k in range(count):
         distances = sorted(float((values[k] - values[j]).square().sum()) for j in range(count) if j != k)
-        assert krum_scores(values, malicious)[k].item() == pytest.approx(sum(distances[:near]), rel=1e-4)
+        assert krum_scores(squared_distances(values), malicious)[k].item() == pytest.approx(
+            sum(distances[:near]), rel=1e-4
+        )
 
 
 def test_multi_krum_of_all_is_the_sample_weighted_mean_and_of_one_client_that_client():
@@ -121,7 +123,7 @@ def test_numbers_out_of_range_are_named(rule, key):
 
 
 def test_private_noise_has_the_deviation_asked_for_and_is_each_round_s_own():
-    rule = PrivateMean(bound=2.0, noise_multiplier=1.5)
+    rule = PrivateMean(bound=2.0, noise_multiplier=1.5, reproducible=True)
     rule.setup(clients=100, cohort=10, seed=3)
     state = {"a": torch.zeros(200, 200)}
     first, again, second = (rule.begin(state, k).result()["a"] for k in (0, 0, 1))
@@ -154,3 +156,26 @@ def test_epsilon_grows_with_rounds_and_shrinks_with_noise_and_rarer_clients():
     renyi = 100 * order * (2 / 4.0) ** 2 / 2
     bound = (renyi + torch.log1p(-1 / order) - (torch.log(torch.tensor(1e-5)) + order.log()) / (order - 1)).min()
     assert epsilon(clients=20) == pytest.approx(bound.item(), rel=0.02)
+
+
+def test_krum_takes_one_client_s_whole_model_and_no_mixture():
+    # Each client lies in the middle for one tensor and far out in another; c0 is the nearest as a whole.
+    places = {"c0": (1.0, 1.0, 1.0), "c1": (0.0, 9.0, 2.0), "c2": (2.0, 0.0, 9.0), "c3": (9.0, 2.0, 0.0)}
+    places["c4"] = (1.1, 1.1, 1.1)
+    sent = [Update(c, {n: torch.full((4,), v) for n, v in zip("xyz", at, strict=True)}, 1) for c, at in places.items()]
+    chosen = averaged(Krum(1), sent, {name: torch.zeros(4) for name in "xyz"})
+    assert any(all(torch.equal(chosen[name], update.tensors[name]) for name in "xyz") for update in sent)
+    flat = torch.stack([torch.cat([update.tensors[name] for name in "xyz"]) for update in sent])
+    best = krum_scores(squared_distances(flat), 1).argmin()
+    assert torch.equal(torch.cat([chosen[name] for name in "xyz"]), flat[best])
+
+
+@pytest.mark.parametrize(
+    ("rule", "least"),
+    [(TrimmedMean(0.2), 5), (TrimmedMean(0.0), 1), (CoordinateMedian(), 3), (Krum(1), 5), (Krum(2), 7)],
+)
+def test_tensors_with_too_few_holders_to_withstand_anybody_are_counted(rule, least):
+    for holders in (least - 1, least):
+        sent = [Update(f"c{k}", {"a": torch.full((3, 2), float(k))}, 1) for k in range(holders)]
+        averaged(rule, sent)
+        assert rule.figures(1) == ({"unprotected_tensors": 1} if 0 < holders < least else {})

@@ -109,7 +109,7 @@ CASES = {
     "full tuning": lambda: {"algorithm": FedAvg()},
     "blocks alone": lambda: {"algorithm": LocalOnly(BlockExpansion([1])), "rounds": 3, "cohort": 2},
     "adapters alone": lambda: {"algorithm": LocalOnly(FedIT(rank=2))},
-    "private mean": lambda: {"averaging": PrivateMean(0.5, 0.05)},
+    "private mean": lambda: {"averaging": PrivateMean(0.5, 0.05, reproducible=True)},
     "norm clipping": lambda: {"averaging": NormClipping(0.3)},
     "median": lambda: {"averaging": CoordinateMedian()},
     "trimmed mean": lambda: {"averaging": TrimmedMean(0.34)},

@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fedbe.aggregation import (
 from fedbe.algorithms import BlockExpansion
 from fedbe.callbacks import CheckpointCallback, FaultInjection, RollbackGuard
 from fedbe.callbacks.faults import CORRUPTIONS
+from fedbe.engines import InProcess
 from fedbe.errors import Facts, QuorumError
 from fedbe.federation.callback import FederatedCallback
 from fedbe.federation.cohort import CohortSampler
@@ -258,3 +260,46 @@ def test_private_training_learns_and_reports_epsilon(tmp_path):
     assert summary["downstream"]["loss"] < summary["downstream_base"]["loss"]
     epsilons = [record["averaging"]["epsilon"] for record in loop.history[1:]]
     assert epsilons == sorted(epsilons) and epsilons[0] > 0
+
+
+class Boasts(FederatedCallback):
+    """Has one client report more samples than there are."""
+
+    def on_client_update(self, run, task, update):
+        return replace(update, samples=10**12) if task.client_id == "client-1" else update
+
+
+def test_no_client_counts_for_more_samples_than_it_can_have_seen(tmp_path):
+    honest = toy_loop(tmp_path / "honest")
+    boasting = toy_loop(tmp_path / "boasting", callbacks=[Boasts()])
+    honest.run()
+    boasting.run()
+    assert [record["averaging"] for record in boasting.history[1:]] == [{"capped_samples": 1}] * 2
+    assert [record["averaging"] for record in honest.history[1:]] == [{}] * 2
+    assert boasting.history[-1]["downstream"] == honest.history[-1]["downstream"]
+
+
+class TwoThere(InProcess):
+    """Of all clients two are there."""
+
+    def available(self, round_index):
+        return self.client_ids[:2]
+
+
+def test_epsilon_counts_who_was_there_and_who_took_another_s_place(tmp_path):
+    def rounds(name, **options):
+        rule = PrivateMean(bound=1.0, noise_multiplier=1.0)
+        options = {"callbacks": [CheckpointCallback()], "cohort": 1, "averaging": rule} | options
+        toy_loop(tmp_path / name, **options).run()
+        told = rule.state_dict()
+        assert resumed(toy_loop(tmp_path / name, **options)).averaging.state_dict() == told
+        return told["rounds"]
+
+    pytest.importorskip("dp_accounting")
+    clients = len(toy_loop(tmp_path / "none").plan.data.client_ids)
+    assert rounds("all there") == [[1, clients, 2]]
+    assert rounds("two there", engine=TwoThere()) == [[1, 2, 2]]
+    # Three of four are asked, and one that fails is replaced by the fourth.
+    failing = FaultInjection("nan", clients=["client-0"])
+    callbacks = [CheckpointCallback(), failing]
+    assert rounds("replaced", cohort=3, quorum=Quorum(3), callbacks=callbacks) == [[4, 4, 2]]

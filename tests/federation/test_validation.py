@@ -50,7 +50,7 @@ RUNS = {
     "trimmed": lambda: {"averaging": TrimmedMean(0.3)},
     "krum": lambda: {"averaging": Krum()},
     "clipped": lambda: {"averaging": NormClipping(1.0)},
-    "private": lambda: {"averaging": PrivateMean(1.0)},
+    "private": lambda: {"averaging": PrivateMean(1.0, reproducible=True)},
     "fedadam": lambda: {"server_optimizer": FedAdam()},
 }
 

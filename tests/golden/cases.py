@@ -27,7 +27,6 @@ ALLOWED: dict[str, dict[str, str]] = {
 """Case → path of a value that may differ from what was recorded (``summary/downstream/loss``) → why."""
 
 ROUGH: dict[str, str] = {
-    "averaging/krum": "takes one of several clients that are about as good",
     "training/full_fine_tuning_of_a_classifier": "Adam divides gradients that are rounding errors by their own size",
     "training/bfloat16": "a rounding error is as large as a step",
     "training/mixed_precision": "a rounding error is as large as a step",
@@ -143,6 +142,7 @@ CONFIGURATIONS = {
     "llama_1b": shipped("llama_1b", trainer__max_steps=1, federation__cohort=2, **SHORT),
     "vit": shipped("vit"),
 }
+PRIVATE = of("aggregation.PrivateMean", bound=0.5, noise_multiplier=0.05, reproducible=True)
 AVERAGING = {
     "sample_weighted": toy(federation__averaging=of("aggregation.SampleWeighted"), callbacks=[ATTACK]),
     "norm_clipping": toy(federation__averaging=of("aggregation.NormClipping", bound=0.3), callbacks=[ATTACK]),
@@ -152,7 +152,7 @@ AVERAGING = {
     ),
     "krum": toy(federation__averaging=of("aggregation.Krum", malicious=1), callbacks=[ATTACK]),
     "multi_krum": toy(federation__averaging=of("aggregation.Krum", malicious=1, take=2), callbacks=[ATTACK]),
-    "private_mean": toy(federation__averaging=of("aggregation.PrivateMean", bound=0.5, noise_multiplier=0.05)),
+    "private_mean": toy(federation__averaging=PRIVATE),
     "median_of_adapters": toy(federation__averaging=of("aggregation.CoordinateMedian"), algorithm=ADAPTERS),
 }
 SERVER = {
@@ -227,7 +227,7 @@ FEDBE = {
     "fedbe_static_with_private_mean": toy(
         algorithm=fedbe(score=of("allocation.StaticScore", values=[1.0, 3.0, 2.0]), round_seconds=ROUND),
         clock=clock(),
-        federation__averaging=of("aggregation.PrivateMean", bound=0.5, noise_multiplier=0.05),
+        federation__averaging=PRIVATE,
     ),
     "fedbe_by_labels": classifier(
         algorithm=fedbe(score=of("allocation.LabelDivergenceScore", strength=0.8)), clock=clock()
