@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from fedbe.client.plan import OptimizerFactory
 from fedbe.client.run import LocalRun
 from fedbe.data import Batch
 from fedbe.modeling.base_model import forward_options
@@ -36,17 +38,31 @@ class ResidentModule(L.LightningModule):
 
 
 class ClientModule(ResidentModule):
-    """One client's training of the shared model, whose freeze mask and training modes are the client's already.
+    """One client's training of the shared model, in whose place and modes the client's tensors already are.
+
+    On its own, in any `L.Trainer`, it trains the named parameters by the model's own loss and freezes all others.
 
     Args:
-        run: The client's training, begun.
+        model: The resident model.
+        trainable_names: The exact parameter names it trains.
+        optimizer: Builds the optimizer over them.
+        run: The client's training, begun; ``None`` for one of no federation.
+
+    Raises:
+        ExpansionError: A name is no parameter of the model.
     """
 
-    def __init__(self, run: LocalRun) -> None:
-        super().__init__(run.plan.model)
-        self.trainable_names = run.task.trainable_names
-        self._run: LocalRun | None = run
-        self._forward_options = forward_options(run.plan.model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trainable_names: Sequence[str],
+        optimizer: OptimizerFactory,
+        run: LocalRun | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.trainable_names = tuple(trainable_names)
+        self._run: LocalRun | None = run or LocalRun.alone(model, self.trainable_names, optimizer)
+        self._forward_options = forward_options(model)
 
     @property
     def run(self) -> LocalRun:

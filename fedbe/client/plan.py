@@ -25,41 +25,50 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Builds an optimizer from parameters; in YAML the ``class_path`` and ``init_args`` of a `torch.optim` class."""
 
 
-@dataclass(frozen=True)
-class LocalPlan:
-    """What a client needs to train, wherever it is; built from its own configuration.
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What local steps depend on, wherever their batches come from.
 
     Attributes:
         model: The one resident model of this process.
-        tokenizer: The base model's tokenizer or image processor.
         adaptation: What is added to the model.
-        topology: How a client's round begins and ends.
-        data: Where batches come from; at a client of a real federation its own rows only.
         optimizer: Builds each client's optimizer; its state lasts for one round.
         schedule: The learning-rate schedule.
         rounds: Number of rounds, for schedules that span the run.
         objective: What clients minimise.
+        timeout_seconds: How long a client may train, looked at before each step; ``None`` for as long as it takes.
+    """
+
+    model: PreTrainedModel
+    adaptation: Adaptation
+    optimizer: OptimizerFactory
+    schedule: Schedule
+    rounds: int
+    objective: Objective = field(default_factory=Plain)
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPlan(StepPlan):
+    """What a client needs to train, wherever it is; built from its own configuration.
+
+    Attributes:
+        tokenizer: The base model's tokenizer or image processor.
+        topology: How a client's round begins and ends.
+        data: Where batches come from; at a client of a real federation its own rows only.
         trainer: Arguments of each client's `L.Trainer`, copied for each: no callback's state passes between clients.
         seed: The run's seed; each client has its own generator derived from it, the experience, the round and its name.
-        timeout_seconds: How long a client may train, looked at before each step; ``None`` for as long as it takes.
         clock: The clients' simulated devices; ``None`` to take each client's measured time.
         prefix: How much of what frozen blocks compute is kept; ``None`` to compute it each time.
         float32: Whether what is trained is float32, whatever the type of the base.
         cohort: Clients in a round, as far as is known: an engine that trains several at a time looks no further.
     """
 
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    adaptation: Adaptation
     topology: Topology
     data: FederatedDataModule
-    optimizer: OptimizerFactory
-    schedule: Schedule
-    rounds: int
-    objective: Objective = field(default_factory=Plain)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    timeout_seconds: float | None = None
     clock: SimulatedClock | None = None
     prefix: PrefixReuse | None = None
     float32: bool = True

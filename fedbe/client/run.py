@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
+from fedbe.adaptation.whole_model import WholeModel
 from fedbe.client.accumulation import Accumulation
 from fedbe.client.memory import Kept
-from fedbe.client.plan import LocalPlan
+from fedbe.client.plan import OptimizerFactory, StepPlan
+from fedbe.client.schedule import Schedule
 from fedbe.data import Batch
 from fedbe.errors import ClientTimeoutError
 from fedbe.messages import FitTask
+from fedbe.modeling.index import ModelIndex
 
 
 class StepNotes:
@@ -64,7 +68,7 @@ class LocalRun:
     """One client's training from `LocalTraining.begin` to `LocalTraining.finish`, whatever loop takes its steps.
 
     Args:
-        plan: What all clients' training depends on.
+        plan: What all clients' steps depend on.
         task: What the client was given; its tensors are in the model.
         kept: What it goes on from.
         parameters: What it trains, by exact name in the order of the model.
@@ -75,13 +79,22 @@ class LocalRun:
         notes: What is noted of its steps.
     """
 
-    def __init__(self, plan: LocalPlan, task: FitTask, kept: Kept, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, plan: StepPlan, task: FitTask, kept: Kept, parameters: Mapping[str, nn.Parameter]) -> None:
         self.plan, self.task, self.kept = plan, task, kept
         self.objective = plan.objective.local(plan.model, task, kept.objective)
         self.added_loss = plan.adaptation.added_loss(plan.model, task)
         self.accumulation = Accumulation()
         self._begun = time.monotonic()
         self.train(parameters)
+
+    @classmethod
+    def alone(cls, model: PreTrainedModel, trainable_names: Sequence[str], optimizer: OptimizerFactory) -> LocalRun:
+        """Return the training of a client without a federation: of these parameters, by the model's own loss."""
+        index = ModelIndex(model)
+        index.train_only(trainable_names)
+        plan = StepPlan(model=model, adaptation=WholeModel(), optimizer=optimizer, schedule=Schedule(), rounds=1)
+        task = FitTask("client", 0, 0, {}, tuple(trainable_names))
+        return cls(plan, task, Kept(), index.in_order(trainable_names))
 
     def train(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Train these in place of the model's own: copies of the client's, of the same names; before its first step."""
