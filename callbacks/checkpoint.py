@@ -13,7 +13,7 @@ class CheckpointCallback(FederatedCallback):
     A run is continued by ``--ckpt_path last``, to the same result as if it had never ended.
 
     Args:
-        every_n_rounds: Write after every so many rounds, after the last, and when the run is interrupted.
+        every_n_rounds: Write every n rounds, after the last, and when the run is interrupted.
         keep: How many to keep, the newest.
         each_client: Also keep what each client has sent until its round is done: a run that ended within a round
             does not train them again. It takes the space of a cohort's updates.

@@ -42,7 +42,7 @@ class Gate(Adaptation):
     """A gate on the expanded blocks and the adapters beside it in a `Stack`: open where text is like the clients'.
 
     One logistic unit tells the clients' tokens from those that the base model itself writes, by the output of a base
-    block below all that is trained. It is trained beside the other parts, on the same batches: its loss is added, its
+    block below every trained one. It is trained beside the other parts, on the same batches: its loss is added, its
     gradients reach nothing else. In training all is open; a model that is evaluated is gated.
 
     Args:

@@ -92,7 +92,7 @@ def leading(u: Tensor, sigma: Tensor, vt: Tensor, rank: int) -> tuple[Tensor, Te
 
 
 def live_factors(b: Tensor, a: Tensor, sigma: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (B, A) of the rank of `start`, with rows of no weight started anew: A's rows from `start`, B's zero.
+    """Return (B, A) of the rank of `start`, with rows of no weight reset: A's rows from `start`, B's zero.
 
     A row that is zero in both factors would never get a gradient again.
 

@@ -26,7 +26,8 @@ class Cost:
     Attributes:
         forward_flops: FLOPs of all forward passes.
         backward_flops: FLOPs of all backward passes.
-        memory_bytes: Weights, gradients and optimizer state of what trains, and the saved activations of one step.
+        memory_bytes: Weights, gradients and optimizer state of the trainable parameters, and the saved activations of
+            one step.
             What a kernel needs for a moment comes on top.
         steps: Number of local steps.
     """

@@ -35,7 +35,7 @@ class Measurement:
     """One set of units, predicted and measured.
 
     Attributes:
-        units: What trains.
+        units: Names of the units that are trained.
         cost: The prediction for one step, without optimizer state.
         forward_seconds: Of a forward pass, median.
         backward_seconds: Of a backward pass, median.

@@ -82,7 +82,7 @@ def give_back_freed_memory() -> None:
 
 
 def measure_memory(arguments: Sequence[str], clients: int) -> MemoryUse:
-    """Run a configuration with so many clients in a fresh process and return its memory use.
+    """Run a configuration with this number of clients in a fresh process and return its memory use.
 
     Args:
         arguments: As given to ``fedbe fit``.

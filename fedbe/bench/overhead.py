@@ -189,7 +189,7 @@ def bare_client(plan: LocalPlan, task: FitTask, kept: Mapping[str, Tensor]) -> d
 
 
 def first_batches(batches: Iterable[Batch], count: int) -> Iterable[Batch]:
-    """Return so many batches, going through `batches` as often as it takes."""
+    """Return `count` batches, going through `batches` as often as it takes."""
     return islice(chain.from_iterable(repeat(batches)), count)
 
 

@@ -144,7 +144,7 @@ def measure_cost(size: Size) -> Cost:
 
 
 def write_model(folder: Path, depth: int) -> None:
-    """Write the small model that comes along with so many blocks and random weights, and its tokenizer."""
+    """Write the shipped small model with this number of blocks and random weights, and its tokenizer."""
     shipped = micro_path()
     config = AutoConfig.from_pretrained(shipped, num_hidden_layers=depth, trust_remote_code=False)
     with isolated_rng(0):

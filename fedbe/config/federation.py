@@ -66,7 +66,7 @@ class Federation:
         schedule: The learning-rate schedule of each client.
         objective: What clients minimise.
         trainer: Arguments of each client's `L.Trainer`, for example ``{"max_steps": 10}``.
-        evaluate_every_n_rounds: Downstream validation every so many rounds, and after the last.
+        evaluate_every_n_rounds: Validate downstream every n rounds, and after the last.
         averaging: How updates are averaged.
         server_optimizer: How the mean of the updates moves the global model.
         quorum: How many clients of a round must not fail, and what happens if more do.

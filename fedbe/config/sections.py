@@ -54,7 +54,7 @@ class Rounds:
     Attributes:
         rounds: Number of rounds.
         cohort: Clients in a round: ``all``, a fraction (0.5) or a number (5).
-        evaluate_every_n_rounds: Downstream validation every so many rounds, and after the last.
+        evaluate_every_n_rounds: Validate downstream every n rounds, and after the last.
         averaging: How updates are averaged: a class of `fedbe.aggregation`, for clients that may be wrong or hostile
             or that are to stay private.
         server_optimizer: How the mean of the updates moves the global model: a class of `fedbe.aggregation`.

@@ -21,7 +21,7 @@ def print_samples(data: FederatedDataModule, count: int, console: Console) -> No
 
     Args:
         data: The data, after its `setup`.
-        count: How many samples, of different clients as far as there are so many.
+        count: How many samples, of different clients where there are enough.
         console: Where to print.
     """
     for client, index in spread(data, count):

@@ -66,7 +66,7 @@ def set_classes(config: PretrainedConfig, classes: int | Sequence[str]) -> bool:
 
 
 def renew_head(model: PreTrainedModel) -> None:
-    """Draw the last projection of a classifier's head anew: normal, of the model's own deviation, without bias."""
+    """Redraw the last projection of a classifier's head: normal, of the model's own deviation, without bias."""
     names, deviation = set(head_parameter_names(model)), getattr(model.config, "initializer_range", 0.02)
     for name, module in model.named_modules():
         last = isinstance(module, nn.Linear) and module.out_features == model.config.num_labels

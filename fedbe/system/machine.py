@@ -24,7 +24,7 @@ def trim_memory() -> None:
 class Trimming:
     """Gives freed memory back (`trim_memory`) between two clients when the process has grown, and not for each client.
 
-    What was given back must be fetched anew, page by page: measured on small models, that made a client's round a
+    What was given back must be fetched again, page by page: measured on small models, that made a client's round a
     twentieth slower. What one client frees the next one takes, so that only what has grown since is too much.
 
     Args:

@@ -120,7 +120,7 @@ def test_two_arms_are_tuned_run_and_compared_and_nothing_runs_twice(config, read
     assert len(starter.started) == 6 and [len(arm.runs) for arm in again.arms] == [2, 2]
 
 
-def test_changed_runs_are_set_aside_and_run_anew_and_interrupted_ones_go_on(config, read, tmp_path):
+def test_changed_runs_are_set_aside_and_run_again_and_interrupted_ones_go_on(config, read, tmp_path):
     config |= {"learning_rates": [0.01], "seeds": [0]}
     compare(read(config), Starter(), list.append.__get__([]))
     runs = tmp_path / "out" / "runs"
@@ -140,7 +140,7 @@ def test_changed_runs_are_set_aside_and_run_anew_and_interrupted_ones_go_on(conf
     assert before["algorithm"]["init_args"]["positions"] == [0]
 
 
-def test_an_interrupted_run_with_a_damaged_checkpoint_is_set_aside_and_begun_anew(config, read, tmp_path):
+def test_an_interrupted_run_with_a_damaged_checkpoint_is_set_aside_and_started_over(config, read, tmp_path):
     config |= {"learning_rates": [0.01], "seeds": [0]}
     compare(read(config), Starter(), list.append.__get__([]))
     run = tmp_path / "out" / "runs" / "one_block-0.01-0"

@@ -124,7 +124,7 @@ def without_measured(value):
 
 
 def tried(case: str, kills: int, stand_ins: Path, folder: Path) -> Result:
-    """Kill runs of a configuration until there were so many kills, and compare each with an undisturbed one."""
+    """Kill runs of a configuration until there were enough kills, and compare each with an undisturbed one."""
     chance = random.Random(case)
     undisturbed, started = folder / "undisturbed", time.monotonic()
     if os.waitpid(forked(words(case, stand_ins, undisturbed), folder / "undisturbed.log"), 0)[1]:

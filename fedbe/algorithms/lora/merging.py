@@ -43,7 +43,7 @@ class MergingAdapters(Adapters):
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """Exact names of what trains, and of the base weights that the server changes."""
+        """Exact names of the trainable parameters, and of the base weights that the server changes."""
         return (*self.trainable_names, *self.weight_names)
 
     def begin(self, model: PreTrainedModel, task: FitTask, kept: Tensors) -> None:
@@ -96,7 +96,7 @@ class MergingStrategy(JointStrategy):
         """Return A and B of every layer for the next round."""
 
     def send(self, state: Tensors, client_id: str) -> Tensors:
-        """Return what trains, and the change of the base since the start."""
+        """Return the trainable parameters, and the change of the base since the start."""
         sent = dict(super().send(state, client_id))
         for name in self.adapters.weight_names:
             sent |= self._sent_change(name, state[name])
