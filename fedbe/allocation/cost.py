@@ -27,8 +27,7 @@ class Cost:
         forward_flops: FLOPs of all forward passes.
         backward_flops: FLOPs of all backward passes.
         memory_bytes: Weights, gradients and optimizer state of the trainable parameters, and the saved activations of
-            one step.
-            What a kernel needs for a moment comes on top.
+            one step. What a kernel needs for a moment comes on top.
         steps: Number of local steps.
     """
 
