@@ -19,10 +19,10 @@ from fedbe.expansion.identity import dialled, target_parameters
 from fedbe.expansion.names import block_parameter_names
 from fedbe.expansion.token_gate import TokenGate
 from fedbe.modeling.architecture import expressed_by_config, find_blocks
+from fedbe.modeling.checkpoint import DESCRIPTION_FILE
 from fedbe.modeling.precision import held_types, save_weights
 from fedbe.storage.files import new_folder
 
-DESCRIPTION_FILE = "fedbe.json"
 BLOCKS_FILE = "expanded_blocks.safetensors"
 GATE_FILE = "token_gate.safetensors"
 _OWN_SUFFIXES = (".safetensors", ".safetensors.index.json")

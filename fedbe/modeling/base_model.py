@@ -25,11 +25,14 @@ from transformers import (
 
 from fedbe.assets import micro_path
 from fedbe.errors import ConfigError, Facts, Problem
+from fedbe.modeling.checkpoint import own_code, unreadable, unusable
 from fedbe.modeling.checkpointing import enable_gradient_checkpointing
 from fedbe.modeling.families import stated_depth
 from fedbe.modeling.head import agree_on_padding, renew_head, set_classes, set_padding
 from fedbe.modeling.images import default_processor
 from fedbe.modeling.precision import written_as
+from fedbe.modeling.weights import quietly, weights_fault
+from fedbe.seeding import isolated_rng
 
 MICRO = "fedbe:micro"
 PACKAGE = "package:"
@@ -39,6 +42,7 @@ _AUTO_CLASSES: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
     "image-classification": AutoModelForImageClassification,
 }
+_UNLOADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 
 
 @dataclass
@@ -93,7 +97,9 @@ class BaseModel:
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.path, **self._source)
             return config
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            if known := unreadable(self.path, self.revision):
+                raise ConfigError(Problem("model.name", self.name, known)) from error
             kind = "folder" if Path(self.path).exists() else "model"
             absent = Path(self.path).is_absolute() or self.path.startswith(".")
             reason = "there is no such folder" if absent and kind == "model" else str(error).strip().splitlines()[0]
@@ -126,7 +132,40 @@ class BaseModel:
             able = ", ".join(fitting) or "none of the tasks there are"
             remedy = f"a {self.config.model_type} model can do: {able}"
             return [Problem(f"{key}.task", self.task, remedy)]
-        return []
+        if self.attention is not None and "/" in self.attention:
+            remedy = "is code from the Hub, which fedbe does not run: give an implementation of transformers"
+            return [Problem(f"{key}.attention", self.attention, remedy)]
+        fault = unusable(self.path, self.revision, self.config) or self._weights_fault()
+        return [Problem(f"{key}.name", self.name, fault)] if fault else []
+
+    def _weights_fault(self) -> str | None:
+        """Return why the weights are not those of the configuration, by their names and shapes alone.
+
+        Those of a model on the Hub that has not been fetched yet are judged when it is loaded.
+        """
+        here = Path(self.path).exists()
+        try:
+            with isolated_rng(0), quietly():
+                model, loading = self._from_pretrained(
+                    self.config, device_map="meta", local_files_only=True, ignore_mismatched_sizes=True
+                )
+        except _UNLOADABLE as error:
+            return _cannot_load(error) if here or not isinstance(error, OSError) else None
+        return weights_fault(model, loading, new_head=self.task != "causal-lm")
+
+    def _from_pretrained(self, config: PretrainedConfig, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Return the model, and what transformers says of the names and shapes of its weights."""
+        if self.attention is not None:
+            options["attn_implementation"] = self.attention
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = _AUTO_CLASSES[self.task].from_pretrained(
+            self.path,
+            config=config,
+            dtype=getattr(torch, self.resident_dtype),
+            output_loading_info=True,
+            **self._source,
+            **options,
+        )
+        return loaded
 
     @cached_property
     def processor(self) -> Any:
@@ -135,11 +174,16 @@ class BaseModel:
         Raises:
             ConfigError: It cannot be read.
         """
-        loader = AutoImageProcessor if self.task == "image-classification" else AutoTokenizer
+        images = self.task == "image-classification"
+        loader, file = (
+            (AutoImageProcessor, "preprocessor_config.json") if images else (AutoTokenizer, "tokenizer_config.json")
+        )
         try:
             processor = loader.from_pretrained(self.path, **self._source)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
+            if code := own_code(self.path, file, self.revision):
+                reason = f"it is code of the checkpoint's own, {code}, which fedbe does not run"
             raise ConfigError(
                 Problem("model.name", self.name, f"its {loader.__name__} cannot be read ({reason})")
             ) from error
@@ -156,22 +200,19 @@ class BaseModel:
             pad_token_id: What batches are padded with; a model without a classifier keeps the id that it names.
 
         Raises:
-            ConfigError: The weights are missing, broken, or of another architecture.
+            ConfigError: The weights are missing, broken, or not those that the configuration describes.
         """
         config = copy.deepcopy(self.config)
         sized = config.num_labels
         new_head = classes is not None and set_classes(config, classes)
         set_padding(config, pad_token_id, classifier=classes is not None)
-        options: dict[str, Any] = {} if self.attention is None else {"attn_implementation": self.attention}
-        if config.num_labels != sized:
-            options["ignore_mismatched_sizes"] = True
+        options = {"ignore_mismatched_sizes": True} if config.num_labels != sized else {}
         try:
-            model: PreTrainedModel = _AUTO_CLASSES[self.task].from_pretrained(
-                self.path, config=config, dtype=getattr(torch, self.resident_dtype), **self._source, **options
-            )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            remedy = f"its weights cannot be loaded: {str(error).strip().splitlines()[0]}"
-            raise ConfigError(Problem("model.name", self.name, remedy)) from error
+            model, loading = self._from_pretrained(config, **options)
+        except _UNLOADABLE as error:
+            raise ConfigError(Problem("model.name", self.name, _cannot_load(error))) from error
+        if fault := weights_fault(model, loading, new_head=self.task != "causal-lm"):
+            raise ConfigError(Problem("model.name", self.name, fault))
         if new_head and config.num_labels == sized:
             renew_head(model)
         if self.written_dtype is not None:
@@ -227,6 +268,10 @@ class GivenModel(BaseModel):
         self.model.requires_grad_(False)
         self.model.train(False)
         return self.model
+
+
+def _cannot_load(error: Exception) -> str:
+    return f"its weights cannot be loaded: {str(error).strip().splitlines()[0]}"
 
 
 def packaged_path(name: str) -> Path:
