@@ -42,7 +42,7 @@ def result(arm="a", seed=0, accuracies=(0.1, 0.2, 0.3), retentions=(1.0, 0.8, 0.
     return RunResult(arm, seed, 1e-3, chosen, Path(f"{arm}-{seed}"), summary(accuracies[-1], **changes), records)
 
 
-def write_run(folder, seed=0, rounds=2, algorithm="FedIT", **arguments):
+def write_run(folder, seed=0, rounds=2, algorithm="FedIT", accuracy=0.3, **arguments):
     folder.mkdir(parents=True)
     config = {
         "seed": seed, "name": folder.name, "output": None, "federation": {"rounds": rounds},
@@ -50,7 +50,7 @@ def write_run(folder, seed=0, rounds=2, algorithm="FedIT", **arguments):
         "client": {"optimizer": {"init_args": {"lr": 0.001}}},
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    records = history((0.1, 0.2, 0.3), (1.0, 0.8, 0.5))
+    records = history((0.1, 0.2, accuracy), (1.0, 0.8, 0.5))
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
-    (folder / "summary.json").write_text(json.dumps(summary(0.3)))
+    (folder / "summary.json").write_text(json.dumps(summary(accuracy)))
     return folder
