@@ -183,7 +183,9 @@ def save_adapter(
         config.save_pretrained(str(partial))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-    return ExportReport(False, "a peft adapter: PeftModel.from_pretrained puts it on the base model.", directory)
+    return ExportReport(
+        False, "a peft adapter: PeftModel.from_pretrained puts it on the base model.", directory, "peft"
+    )
 
 
 def received_rank(adapters: Sequence[Adapter], received: Mapping[str, Tensor]) -> int | None:

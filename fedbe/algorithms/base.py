@@ -16,6 +16,7 @@ from fedbe.algorithms.topology import Federated, Topology
 from fedbe.allocation.capabilities import Capabilities
 from fedbe.errors import Facts, Problem
 from fedbe.expansion import ExportReport
+from fedbe.expansion.card import write_card
 from fedbe.messages import FitTask, ProbeReport, Structure, Update
 from fedbe.traits import Part, Traits
 
@@ -154,9 +155,16 @@ class Algorithm:
     def export(
         self, model: PreTrainedModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None
     ) -> ExportReport:
-        """Write the adapted model as its adaptation does; the report says what the topology has to add."""
+        """Write the adapted model as its adaptation does, with a model card; both say what the topology has to add."""
         report, note = self.adaptation.export(model, directory, tokenizer), self.topology.export_note
-        return replace(report, reason=f"{report.reason} {note}") if note else report
+        report = replace(report, reason=f"{report.reason} {note}" if note else report.reason)
+        write_card(directory, report, model, self.title)
+        return report
+
+    @property
+    def title(self) -> str:
+        """What it is called in a model card."""
+        return type(self).__name__
 
     @property
     def needs(self) -> Traits:

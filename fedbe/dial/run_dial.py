@@ -12,6 +12,7 @@ from fedbe.dial.measure import measure_dial
 from fedbe.errors import ConfigError, Problem, StorageError
 from fedbe.evaluation.dial import Dial, choose_factor, recorded_points
 from fedbe.expansion import ExportReport
+from fedbe.expansion.card import write_card
 from fedbe.expansion.expand import check_dial
 from fedbe.figures.dial import dial_figure
 from fedbe.figures.style import save
@@ -117,6 +118,7 @@ def export_run(path: Path, to: Path, factor: float) -> ExportReport:
     ):
         new.rmdir()  # whoever writes it makes it
         report = adaptation.export(loop.model, new, loop.plan.tokenizer)
+        write_card(new, report, loop.model, loop.algorithm.title, factor)
     return replace(report, directory=to)
 
 

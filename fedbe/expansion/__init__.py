@@ -8,7 +8,8 @@ from fedbe.expansion.expand import (
     scale_blocks,
     without_blocks,
 )
-from fedbe.expansion.export import ExportReport, load, read_expansion, rescale, save_model, save_plain
+from fedbe.expansion.export import load, read_expansion, rescale, save_model, save_plain
+from fedbe.expansion.folder import ExportReport
 from fedbe.expansion.gate import (
     find_gate,
     gate_adapters,

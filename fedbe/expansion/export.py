@@ -1,58 +1,41 @@
 """Saving an expanded model, as a plain checkpoint where its architecture can express it, and loading it."""
 
-import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto import modeling_auto
 
 from fedbe.errors import ConfigError, ExpansionError, Problem
-from fedbe.expansion.expand import Expansion, check_dial, without_blocks
-from fedbe.expansion.gate import install_gate, unregistered
-from fedbe.expansion.identity import dialled, target_parameters
+from fedbe.expansion.card import CARD_FILE, read_card, turn_dial, write_card
+from fedbe.expansion.expand import Expansion, check_dial
+from fedbe.expansion.folder import (
+    BLOCKS_FILE,
+    GATE_FILE,
+    OWN_FILES,
+    OWN_SUFFIXES,
+    ExportReport,
+    auto_class,
+    read_description,
+    write_folder,
+)
+from fedbe.expansion.gate import install_gate
 from fedbe.expansion.names import block_parameter_names
 from fedbe.expansion.token_gate import TokenGate
-from fedbe.modeling.architecture import expressed_by_config, find_blocks
-from fedbe.modeling.checkpoint import DESCRIPTION_FILE
-from fedbe.modeling.precision import held_types, save_weights
+from fedbe.modeling.architecture import find_blocks
+from fedbe.modeling.checkpoint import DESCRIPTION_FILE, adapter_beside
+from fedbe.modeling.precision import save_weights
+from fedbe.modeling.weights import quietly, weights_fault
 from fedbe.storage.files import new_folder
 
-BLOCKS_FILE = "expanded_blocks.safetensors"
-GATE_FILE = "token_gate.safetensors"
-_OWN_SUFFIXES = (".safetensors", ".safetensors.index.json")
-_OWN_FILES = frozenset({DESCRIPTION_FILE, "config.json", "generation_config.json"})
-_TASKS = {
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "AutoModelForCausalLM",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "AutoModelForMaskedLM",
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "AutoModelForSequenceClassification",
-    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "AutoModelForTokenClassification",
-    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "AutoModelForQuestionAnswering",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "AutoModelForImageClassification",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "AutoModelForImageTextToText",
-    "MODEL_MAPPING_NAMES": "AutoModel",
-}
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        plain: Whether ``from_pretrained`` alone loads the whole model; otherwise it loads the base model, and
-            `load` the whole.
-        reason: Why, in one sentence.
-        directory: Where.
-    """
-
-    plain: bool
-    reason: str
-    directory: Path
+_LOADED = "_fedbe_loaded"
 
 
 def save_model(
@@ -81,26 +64,11 @@ def save_model(
     """
     check_dial(dial)
     with new_folder(Path(directory)) as partial:
-        state = _dialled_blocks(model, expansion, dial)
-        with unregistered(model) as gate:
-            obstacle = _obstacle(model, expansion)
-            if obstacle is None:
-                save_weights(model, partial, state)
-                reason = f"{_auto_class(model)}.from_pretrained loads the whole model."
-            else:
-                with without_blocks(model, expansion):
-                    save_weights(model, partial)
-                held = held_types(model)
-                blocks = {name: tensor.to(held.get(name, tensor.dtype)).contiguous() for name, tensor in state.items()}
-                save_file(blocks, partial / BLOCKS_FILE)
-                reason = f"{obstacle}; from_pretrained gives the base model, fedbe.load the expanded one."
-        if gate is not None:
-            save_file(gate.state_dict(), partial / GATE_FILE)
-            reason += " Only fedbe.load puts in the gate: without it the blocks are open to all tokens (g = 1)."
+        written = write_folder(model, expansion, partial, dial, dial * _dial_of(model, expansion), save_weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        _describe(partial, model, expansion, dial, obstacle, gate)
-    return ExportReport(obstacle is None, reason, Path(directory).absolute())
+        write_card(partial, written, model, "block expansion", dial)
+    return replace(written, directory=Path(directory).absolute())
 
 
 def save_plain(
@@ -120,7 +88,7 @@ def save_plain(
         save_weights(model, partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-    reason = f"{_auto_class(model)}.from_pretrained loads the whole model."
+    reason = f"{auto_class(model)}.from_pretrained loads the whole model."
     return ExportReport(True, reason, Path(directory).absolute())
 
 
@@ -135,21 +103,27 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
         ConfigError: If the folder holds no such model.
     """
     source = Path(directory)
-    description = _description(source)
+    description = read_description(source)
+    if fault := adapter_beside(str(source)):
+        raise ConfigError(Problem("directory", str(source), fault))
     name = str(description["auto_class"])
     loader = getattr(transformers, name, None) if name.startswith("AutoModel") else None
     if loader is None:
         raise ConfigError(Problem("auto_class", name, f"{source / DESCRIPTION_FILE} names no class of transformers"))
     kind: torch.dtype | str = "auto" if dtype is None else dtype
-    model: PreTrainedModel = loader.from_pretrained(source, dtype=kind, trust_remote_code=False)
+    with quietly():
+        model, loading = loader.from_pretrained(source, dtype=kind, trust_remote_code=False, output_loading_info=True)
+    if fault := weights_fault(model, loading, new_head=False):
+        raise ConfigError(Problem("directory", str(source), fault))
     expansion = read_expansion(source)
     if not description["plain"]:
         expansion.apply(model)
         _load_blocks(model, expansion, source / BLOCKS_FILE)
     if gate_arguments := description.get("gate"):
-        gate = TokenGate(**gate_arguments)  # type: ignore[arg-type]
+        gate = TokenGate(**gate_arguments)
         gate.load_state_dict(load_file(source / GATE_FILE))
         install_gate(model, expansion, gate)
+    _stay_savable(model, _Loaded(expansion, float(description["dial"]), read_card(source)))
     return model
 
 
@@ -159,7 +133,7 @@ def read_expansion(directory: str | Path) -> Expansion:
     Raises:
         ConfigError: If the folder holds no such model.
     """
-    return Expansion.from_dict(_description(Path(directory))["expansion"])  # type: ignore[arg-type]
+    return Expansion.from_dict(read_description(Path(directory))["expansion"])
 
 
 def rescale(directory: str | Path, to: str | Path, dial: float) -> ExportReport:
@@ -176,38 +150,66 @@ def rescale(directory: str | Path, to: str | Path, dial: float) -> ExportReport:
     """
     check_dial(dial)
     source = Path(directory)
-    saved_dial = _description(source)["dial"]
+    saved_dial = read_description(source)["dial"]
     if saved_dial != 1:
         remedy = f"this export is scaled by {saved_dial} already: start from the run's own model"
         raise ConfigError(Problem("directory", str(source), remedy))
     report = save_model(load(source), read_expansion(source), to, dial=dial)
     for file in source.iterdir():
-        if file.is_file() and file.name not in _OWN_FILES and not file.name.endswith(_OWN_SUFFIXES):
+        if file.is_file() and file.name not in OWN_FILES and not file.name.endswith(OWN_SUFFIXES):
             shutil.copy2(file, report.directory / file.name)
+    turn_dial(report.directory, dial)
     return report
 
 
-def _dialled_blocks(model: PreTrainedModel, expansion: Expansion, dial: float) -> dict[str, Tensor]:
-    """Return the state of the expanded blocks, copies where the dial changes a tensor."""
-    blocks = expansion.blocks(model)
-    changed = {id(target) for block in blocks for target in target_parameters(expansion.rule, block)}
-    state: dict[str, Tensor] = {}
-    for block, index in zip(blocks, expansion.expanded_indices, strict=True):
-        for name, tensor in block.state_dict(keep_vars=True).items():
-            values = tensor.detach()
-            scaled = dialled(values, expansion.rule.shift, dial) if id(tensor) in changed else values
-            state[f"{expansion.blocks_path}.{index}.{name}"] = scaled
-    return state
+@dataclass(frozen=True)
+class _Loaded:
+    """What was loaded: the expansion, the dial that its weights are at already, and the model card."""
+
+    expansion: Expansion
+    dial: float
+    card: str | None
 
 
-def _obstacle(model: PreTrainedModel, expansion: Expansion) -> str | None:
-    if expansion.rule.gated:
-        kind, name = find_blocks(model).family, expansion.model_type
-        why = (
-            "a post-norm block" if kind.post_norm else "a block of which it is not known what it writes into the stream"
-        )
-        return f"{why}, as in this {name} model, needs a residual gate, which the architecture lacks"
-    return expressed_by_config(model, find_blocks(model))
+def _stay_savable(model: PreTrainedModel, loaded: _Loaded) -> None:
+    """Have a model's own `save_pretrained`, and with it `push_to_hub`, write all of what `load` has put in."""
+    vars(model)[_LOADED] = loaded
+    vars(model)["save_pretrained"] = MethodType(save_pretrained, model)
+
+
+def save_pretrained(self: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
+    """Write a model that `load` returned as it was loaded: with its gate, blocks, description, and model card.
+
+    Args:
+        self: The model; one whose blocks were taken out is written as transformers does.
+        save_directory: A folder; it may hold something.
+        options: See `PreTrainedModel.save_pretrained`.
+
+    Raises:
+        ValueError: With ``push_to_hub=True``, which would leave out what transformers does not know.
+    """
+    if options.get("push_to_hub"):
+        raise ValueError("save_pretrained(push_to_hub=True) would leave a part of the model out: call push_to_hub")
+    given, loaded = options.pop("state_dict", None) or {}, vars(self)[_LOADED]
+
+    def save(model: PreTrainedModel, directory: Path, state: Mapping[str, Tensor]) -> None:
+        tensors = {**model.state_dict(), **given, **state}
+        type(model).save_pretrained(model, directory, state_dict=tensors, **options)
+
+    if find_blocks(self).depth != loaded.expansion.depth:
+        type(self).save_pretrained(self, save_directory, state_dict=given or None, **options)
+        return
+    directory = Path(save_directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_folder(self, loaded.expansion, directory, 1.0, loaded.dial, save)
+    if loaded.card is not None:
+        (directory / CARD_FILE).write_text(loaded.card, encoding="utf-8")
+
+
+def _dial_of(model: PreTrainedModel, expansion: Expansion) -> float:
+    """Return the dial that a loaded model's blocks are at already."""
+    loaded = vars(model).get(_LOADED)
+    return float(loaded.dial) if isinstance(loaded, _Loaded) and loaded.expansion == expansion else 1.0
 
 
 def _load_blocks(model: PreTrainedModel, expansion: Expansion, file: Path) -> None:
@@ -218,43 +220,3 @@ def _load_blocks(model: PreTrainedModel, expansion: Expansion, file: Path) -> No
     loaded = model.load_state_dict(tensors, strict=False)
     if loaded.unexpected_keys:
         raise ExpansionError(f"{file} holds {loaded.unexpected_keys[0]}, which the model has not.")
-
-
-def _auto_class(model: PreTrainedModel) -> str:
-    """Return the name of the ``transformers`` class that loads a model of this class from a folder."""
-    name = type(model).__name__
-    for mapping, auto_class in _TASKS.items():
-        entry = getattr(modeling_auto, mapping).get(model.config.model_type, ())
-        if name in ((entry,) if isinstance(entry, str) else entry):
-            return auto_class
-    return name
-
-
-def _describe(
-    directory: Path,
-    model: PreTrainedModel,
-    expansion: Expansion,
-    dial: float,
-    obstacle: str | None,
-    gate: TokenGate | None,
-) -> None:
-    description = {
-        "format": 1,
-        "expansion": expansion.to_dict(),
-        "dial": float(dial),
-        "auto_class": _auto_class(model),
-        "plain": obstacle is None,
-        "obstacle": obstacle,
-        "gate": None if gate is None else gate.to_dict(),
-    }
-    (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-
-
-def _description(directory: Path) -> dict[str, object]:
-    file = directory / DESCRIPTION_FILE
-    try:
-        description: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        remedy = f"give a folder with a readable {DESCRIPTION_FILE}, for example the model/ of a run"
-        raise ConfigError(Problem("directory", str(directory), remedy)) from error
-    return description

@@ -105,4 +105,7 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
         lines.append(f"kept      the model after round {summary['kept_round']}")
     if summary.get("kept_note"):
         lines.append(f"note      {summary['kept_note']}")
-    return [*lines, f"model     {folder / 'model'}", f"pictures  {folder / 'plots'}"]
+    model = [f"model     {folder / 'model'}"]
+    if loading := summary.get("model", {}).get("note"):
+        model.append(f"loading   {loading}")
+    return [*lines, *model, f"pictures  {folder / 'plots'}"]

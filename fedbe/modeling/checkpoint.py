@@ -24,11 +24,8 @@ def unusable(path: str, revision: str, config: PretrainedConfig) -> str | None:
         revision: Branch, tag or commit on the Hub.
         config: The checkpoint's.
     """
-    if read_json(path, ADAPTER_FILE, revision) is not None:
-        return (
-            f"a peft adapter lies beside its weights ({ADAPTER_FILE}), which transformers would put on them unasked: "
-            "move the adapter's files elsewhere, or merge it (PeftModel's merge_and_unload) and save the model"
-        )
+    if fault := adapter_beside(path, revision):
+        return fault
     if method := _quantisation(config):
         return (
             f"its weights are quantised ({method}), and blocks are copies of weights that can be trained: give the "
@@ -41,6 +38,16 @@ def unusable(path: str, revision: str, config: PretrainedConfig) -> str | None:
             "without them: give the base model that it was made from"
         )
     return None
+
+
+def adapter_beside(path: str, revision: str = "main") -> str | None:
+    """Return what is wrong with a checkpoint that holds an adapter as well, in one sentence, or ``None``."""
+    if read_json(path, ADAPTER_FILE, revision) is None:
+        return None
+    return (
+        f"a peft adapter lies beside its weights ({ADAPTER_FILE}), which transformers would put on them unasked: move "
+        "the adapter's files elsewhere, or merge it (PeftModel's merge_and_unload) and save the model"
+    )
 
 
 def unreadable(path: str, revision: str) -> str | None:

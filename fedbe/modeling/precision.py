@@ -86,7 +86,7 @@ def save_weights(model: PreTrainedModel, directory: Path, state: Mapping[str, Te
     target: torch.dtype = vars(model).get(_WRITTEN, resident)
     tensors = {**model.state_dict(), **(state or {})}
     if not held and target == resident:
-        model.save_pretrained(directory, state_dict=tensors)
+        type(model).save_pretrained(model, directory, state_dict=tensors)
         return
     cast: dict[tuple[Any, ...], Tensor] = {}
     for name, tensor in tensors.items():
@@ -94,7 +94,7 @@ def save_weights(model: PreTrainedModel, directory: Path, state: Mapping[str, Te
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied tensors stay one
         cast.setdefault(key, tensor.to(target if dtype == resident else dtype))
         tensors[name] = cast[key]
-    model.save_pretrained(directory, state_dict=tensors)
+    type(model).save_pretrained(model, directory, state_dict=tensors)
     file = directory / "config.json"
     config = _with_dtype(json.loads(file.read_text()), str(target).removeprefix("torch."))
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

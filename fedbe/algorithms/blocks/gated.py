@@ -45,6 +45,11 @@ class Gated(Algorithm):
         self.gate = Gate(block, mode, sequences, sequence_length, openness, weight, corpus)
         super().__init__(Stack([algorithm.adaptation, self.gate]), algorithm.strategy, algorithm.topology)
 
+    @property
+    def title(self) -> str:
+        """What it is called in a model card, with what is gated."""
+        return f"{type(self).__name__} {self.algorithm.title}"
+
     def check(self, key: str, facts: Facts) -> list[Problem]:
         """Return the mistakes in these arguments, and those of the other algorithm."""
         inner, self.gate.key = self.algorithm, key
