@@ -8,7 +8,7 @@ from fedbe.cli.options import command_parser, parse
 from fedbe.dial.run_dial import chosen_factor, export_run
 from fedbe.errors import ConfigError, Problem
 from fedbe.expansion import rescale
-from fedbe.expansion.export import DESCRIPTION_FILE
+from fedbe.modeling.checkpoint import DESCRIPTION_FILE
 from fedbe.storage.run_folder import RunFolder
 
 

@@ -54,7 +54,7 @@ def write_card(directory: Path, report: ExportReport, model: PreTrainedModel, me
         method: What was trained, and how, in a few words.
         dial: The factor on what fine-tuning added.
     """
-    source, auto = model.name_or_path, auto_class(model)
+    source, auto = model.name_or_path or "", auto_class(model)
     local = not source or Path(source).exists() or Path(source).is_absolute()
     base = Path(source).name if local else source
     data = ModelCardData(

@@ -111,6 +111,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
     if loader is None:
         raise ConfigError(Problem("auto_class", name, f"{source / DESCRIPTION_FILE} names no class of transformers"))
     kind: torch.dtype | str = "auto" if dtype is None else dtype
+    model: PreTrainedModel
     with quietly():
         model, loading = loader.from_pretrained(source, dtype=kind, trust_remote_code=False, output_loading_info=True)
     if fault := weights_fault(model, loading, new_head=False):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 DESCRIPTION_FILE = "fedbe.json"
 """What an export of fedbe is described in."""

@@ -39,7 +39,7 @@ def weights_fault(model: PreTrainedModel, loading: Mapping[str, Any], new_head: 
         )
     unexpected = _without_predictors(loading["unexpected_keys"])
     # A base model's own files leave out what it is called inside of a model with a head.
-    forms = {name: (name, f"{model.base_model_prefix}.{name}") for name in unexpected}
+    forms: dict[str, tuple[str, ...]] = {name: (name, f"{model.base_model_prefix}.{name}") for name in unexpected}
     if new_head:
         forms = {name: tuple(form for form in both if form.startswith(body)) for name, both in forms.items()}
     if left := {name for name, both in forms.items() if any(_belongs(model, form) for form in both)}:
@@ -51,7 +51,7 @@ def weights_fault(model: PreTrainedModel, loading: Mapping[str, Any], new_head: 
 def quietly() -> Iterator[None]:
     """Let transformers load weights inside the block without a report or a progress bar."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
