@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import packages_distributions, requires
@@ -50,7 +50,7 @@ def guard_imports(raw: Any, apart: Path | None = None) -> None:
     _apart.set(apart)
     own, refused = own_modules(apart)
     named = {name for text in _texts(raw) for name in _DOTTED.findall(text)} - own - refused
-    allowed = sorted(own | {name for name in named if may_import(name)} | set(FRAMEWORKS))
+    allowed = sorted(own | {name for name in named if _builds_on_framework(name)} | set(FRAMEWORKS))
     set_parsing_settings(
         import_path_denylist=["*", *sorted(refused - set(FRAMEWORKS))],
         import_path_allowlist=allowed,
@@ -67,7 +67,7 @@ def may_import(name: str) -> bool:
     if name in FRAMEWORKS:
         return True
     own, refused = own_modules(_apart.get())
-    return name in own or (name not in refused and name not in _STANDARD and _requires_framework(name))
+    return name in own or (name not in refused and _builds_on_framework(name))
 
 
 _STANDARD = {*sys.stdlib_module_names, *sys.builtin_module_names, "jsonargparse"}
@@ -104,14 +104,22 @@ def _own_places() -> Iterator[Path]:
 
 
 @cache
-def _requires_framework(name: str) -> bool:
+def _builds_on_framework(name: str) -> bool:
+    if name in _STANDARD:
+        return False
     needed = {re.split(r"[^\w-]", text)[0].lower().replace("-", "_") for d in _distributions(name) for text in d}
     return not needed.isdisjoint(FRAMEWORKS)
 
 
 def _distributions(name: str) -> list[list[str]]:
     """Return what each distribution that holds a top-level module requires."""
-    return [requires(distribution) or [] for distribution in packages_distributions().get(name, [])]
+    return [requires(distribution) or [] for distribution in _installed().get(name, [])]
+
+
+@cache
+def _installed() -> Mapping[str, list[str]]:
+    """Return the distributions by the top-level modules that they hold; it takes a second to look at all of them."""
+    return packages_distributions()
 
 
 def _texts(node: Any) -> Iterator[str]:

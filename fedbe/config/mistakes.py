@@ -32,6 +32,9 @@ MOVED = {
 SPEC = {"class_path", "init_args", "dict_kwargs"}
 """The keys of a class named by its path."""
 
+MISSING = "is required: name it in the config"
+"""The remedy for what has no default and is not given."""
+
 _GONE = object()
 Found = tuple[list[Problem], Any]
 """The mistakes in a value, and what is left of it without them; `_GONE` if nothing is."""
@@ -100,7 +103,7 @@ def collect(kind: type, raw: Mapping[Any, Any], key: str = "", skip: Iterable[st
         if left is not _GONE:
             rest[name] = left
     missing = [name for name in signature.required if name not in raw]
-    return problems + [Problem(below(key, name), None, "is required: name it in the config") for name in missing], rest
+    return problems + [Problem(below(key, name), None, MISSING) for name in missing], rest
 
 
 def _value(hint: Any, value: Any, key: str, takes: Callable[[Any], bool]) -> Found:
@@ -152,7 +155,8 @@ def _spec(kinds: Sequence[type], value: Raw, key: str, supplied: int) -> Found:
     if "class_path" not in value:
         if len(kinds) == 1 and not inspect.isabstract(kinds[0]) and "init_args" not in value:
             return collect(kinds[0], value, key)
-        remedy = f"give `class_path` and `init_args`: there are {', '.join(known_classes(kinds))}"
+        known = ", ".join(known_classes(kinds))
+        remedy = f"give `class_path` and `init_args`{f': there are {known}' if known else ''}"
         return [Problem(key, value, remedy)], _GONE
     problems = [
         Problem(below(key, name), value[name], _unknown("", str(name), None, sorted(SPEC)))
@@ -294,7 +298,8 @@ def _word(hint: Any) -> str:
         return f"one of {list(get_args(hint))}"
     kinds = classes_in(hint)
     if kinds:
-        return f"a {kinds[0].__name__}"
+        name = kinds[0].__name__
+        return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     arguments = [expected(argument) for argument in get_args(hint) if argument is not Ellipsis]
     name = getattr(get_origin(hint) or hint, "__name__", str(hint))
     return f"{name}[{', '.join(arguments)}]" if arguments else name

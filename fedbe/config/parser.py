@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fedbe.config.classes import guard_imports
 from fedbe.config.instances import check_called, instantiate
-from fedbe.config.mistakes import collect
-from fedbe.config.raw import Raw, read_raw
+from fedbe.config.mistakes import MISSING, collect
+from fedbe.config.raw import Raw, only_shows, read_raw
 from fedbe.config.rules import check_sections
 from fedbe.config.run import RunConfig
 from fedbe.errors import ConfigError, Problem
@@ -30,6 +32,7 @@ def shipped_config(name: str) -> Path:
     return Path(str(files("fedbe.configs") / f"{name}.yaml"))
 
 
+@cache
 def run_parser(command: str, description: str | None = None, skip: frozenset[str] = frozenset()) -> ArgumentParser:
     """Return the parser of a run's configuration.
 
@@ -70,13 +73,42 @@ def read_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[RunConfi
         raise ConfigError(Problem("command line", loose[0], f"name a configuration with --config {loose[0]}"))
     raw = read_raw(arguments)
     guard_imports(raw)
+    if any(map(only_shows, arguments)):
+        _show(parser, arguments, raw)
+    namespace = _parsed(parser, raw)
+    return RunConfig(**_sections(parser, namespace)), resolved(parser, namespace, raw)
+
+
+def _show(parser: ArgumentParser, arguments: Sequence[str], raw: Raw) -> None:
+    """Print the help or the configuration, and leave; mistakes in what is given are told in its place.
+
+    Raises:
+        ConfigError: There are mistakes.
+        SystemExit: It is printed.
+    """
+    if problems := [problem for problem in mistakes(raw)[0] if problem.remedy != MISSING]:
+        raise ConfigError(*problems)
+    try:
+        parser.parse_args(list(arguments))
+    except Exception as error:  # ArgumentError, or whatever the parser stumbles over
+        raise ConfigError(Problem("command line", " ".join(arguments), " ".join(str(error).split()))) from error
+
+
+def _parsed(parser: ArgumentParser, raw: Raw) -> Namespace:
+    """Return what the parser makes of a configuration in which there is no mistake, and no function.
+
+    The parser gets the plain values, not the files: it reads some of them otherwise, ``1e-3`` for one.
+
+    Raises:
+        ConfigError: With every mistake that can be seen so far.
+    """
     _refuse(raw)  # first: the parser passes over some mistakes, such as a null or a list for a section
     try:
-        namespace = parser.parse_args(list(arguments))
-    except Exception as first:  # ArgumentError, or whatever it stumbles over
-        raise ConfigError(Problem("command line", " ".join(arguments), " ".join(str(first).split()))) from first
+        namespace = parser.parse_object(deepcopy(raw))
+    except Exception as error:  # ArgumentError, or whatever the parser stumbles over
+        raise ConfigError(Problem("config", sorted(raw), " ".join(str(error).split()))) from error
     check_called(namespace.as_dict())
-    return RunConfig(**_sections(parser, namespace)), resolved(parser, namespace, arguments)
+    return namespace
 
 
 def run_of(raw: Raw, apart: Path | None = None) -> RunConfig:
@@ -90,14 +122,8 @@ def run_of(raw: Raw, apart: Path | None = None) -> RunConfig:
         ConfigError: With every mistake that can be seen so far.
     """
     guard_imports(raw, apart)
-    _refuse(raw)
     parser = run_parser("fit")
-    try:
-        namespace = parser.parse_object(raw)
-    except Exception as error:  # ArgumentError, or whatever the parser stumbles over
-        raise ConfigError(Problem("config", sorted(raw), " ".join(str(error).split()))) from error
-    check_called(namespace.as_dict())
-    return RunConfig(**_sections(parser, namespace))
+    return RunConfig(**_sections(parser, _parsed(parser, raw)))
 
 
 def mistakes(raw: Raw) -> tuple[list[Problem], Raw]:
@@ -144,7 +170,7 @@ def _sections(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
     return {key: value for key, value in instantiate(parser, namespace).items() if key not in ("config", *PARTITION)}
 
 
-def resolved(parser: ArgumentParser, namespace: Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+def resolved(parser: ArgumentParser, namespace: Namespace, raw: Raw) -> dict[str, Any]:
     """Return the configuration with every default filled in; it runs again as it is, into a new folder."""
     again = namespace.clone()
     again.output = None
@@ -153,5 +179,5 @@ def resolved(parser: ArgumentParser, namespace: Namespace, arguments: Sequence[s
     try:
         config: dict[str, Any] = yaml.safe_load(parser.dump(again, skip_unset=False))
     except (ValueError, TypeError):  # an argument that has no form in YAML: keep what the user wrote
-        config = read_raw(arguments) | {"output": None, "ckpt_path": None}
+        config = raw | {"output": None, "ckpt_path": None}
     return config

@@ -95,7 +95,7 @@ def read_raw(arguments: Sequence[str]) -> Raw:
     words = iter(arguments)
     for word in words:
         key, separator, value = word.removeprefix("--").partition("=")
-        if _only_shows(word):
+        if only_shows(word):
             continue
         text = value if separator else next(words, "")
         if key == "config":
@@ -108,7 +108,7 @@ def read_raw(arguments: Sequence[str]) -> Raw:
     return raw
 
 
-def _only_shows(word: str) -> bool:
+def only_shows(word: str) -> bool:
     """Whether a word of the command line shows something and sets no key."""
     name = word.partition("=")[0]
     return name in ("-h", "--help", "--print_config") or (name.startswith("--") and name.endswith(".help"))

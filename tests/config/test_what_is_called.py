@@ -245,3 +245,19 @@ def test_what_is_added_to_a_list_on_the_command_line_has_its_key(place, capsys):
 def test_a_mistake_beside_print_config_is_the_only_one(place, capsys):
     assert main(["fit", written(place, sed=1), "--print_config=skip_default"]) == 2
     assert "1 mistake" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--help", "--print_config", "--data.help=fedbe.datamodules.CausalLMDataModule"])
+def test_what_there_is_to_say_is_shown_without_a_configuration(word, place, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["fit", word])
+    assert left.value.code == 0
+    assert ("sequence_length" if word.startswith("--data") else "seed") in capsys.readouterr().out
+
+
+def test_a_text_that_looks_like_a_number_is_the_text_in_the_file(place):
+    file = written(place)
+    with (place / "config.yaml").open("a") as text:
+        text.write("\nname: 1e-3\n")
+    run, config = read_run(run_parser("fit"), [file])
+    assert (run.name, config["name"]) == ("1e-3", "1e-3")
