@@ -104,7 +104,7 @@ def _parsed(parser: ArgumentParser, raw: Raw) -> Namespace:
     """
     _refuse(raw)  # first: the parser passes over some mistakes, such as a null or a list for a section
     try:
-        namespace = parser.parse_object(deepcopy(raw))
+        namespace: Namespace = parser.parse_object(deepcopy(raw))
     except Exception as error:  # ArgumentError, or whatever the parser stumbles over
         raise ConfigError(Problem("config", sorted(raw), " ".join(str(error).split()))) from error
     check_called(namespace.as_dict())
