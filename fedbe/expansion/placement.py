@@ -126,8 +126,8 @@ class AdaptivePlacement(Placement):
         self.threshold = threshold
 
     def check(self, key: str, facts: Facts) -> list[Problem]:
-        """Return a problem for each argument outside its range."""
-        problems = []
+        """Return a problem for each argument outside its range, and where the base model has no blocks."""
+        problems = _count_problems(f"{key}.max_blocks", self.max_blocks, 0) if facts.depth == 0 else []
         if self.max_blocks < 1:
             problems.append(Problem(f"{key}.max_blocks", self.max_blocks, "give 1 or more blocks"))
         if not 1 <= self.min_blocks <= self.max_blocks:

@@ -16,6 +16,7 @@ from fedbe.modeling.families import (
     INDEX_NAMES,
     Family,
     family_named,
+    has_stages,
     stack_config,
     stated_depth,
 )
@@ -152,6 +153,10 @@ def _refuse_unsupported(model: PreTrainedModel, config: PreTrainedConfig) -> Non
         raise ExpansionError(f"{name} has cross-attention, which is not covered: set add_cross_attention=False.")
     if getattr(config, "is_heterogeneous", False):
         raise ExpansionError(f"{name} has a configuration per block (`per_layer_config`): not supported.")
+    if has_stages(config):
+        raise ExpansionError(
+            f"{name} cannot be expanded: it is made of stages of different widths, not of like blocks."
+        )
     if (obstacle := family_named(str(config.model_type)).obstacle) is not None:
         raise ExpansionError(f"{name} cannot be expanded with unchanged outputs: {obstacle}.")
 

@@ -100,10 +100,20 @@ def family_named(model_type: str) -> Family:
 
 
 def stated_depth(config: PreTrainedConfig, images: bool = False) -> int | None:
-    """Return the number of blocks that a configuration states, see `stack_config`; ``None`` if it states none."""
+    """Return the number of blocks that a configuration states, see `stack_config`; ``None`` if it states none.
+
+    A model of several stages, each of a width and a number of blocks of its own, has no one number.
+    """
     config = stack_config(config, images)
+    if has_stages(config):
+        return None
     values = (getattr(config, name, None) for name in (*family_of(config).depth_names, *DEPTH_NAMES))
     return next((value for value in values if isinstance(value, int)), None)
+
+
+def has_stages(config: PreTrainedConfig) -> bool:
+    """Whether a configuration describes stages of different widths, as of Swin, and states how deep each is."""
+    return isinstance(getattr(config, "depths", None), (list, tuple))
 
 
 def known_families() -> Iterator[Family]:
