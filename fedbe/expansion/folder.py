@@ -81,7 +81,8 @@ def write_folder(
     state = _dialled_blocks(model, expansion, dial)
     with unregistered(model) as gate:
         obstacle = _obstacle(model, expansion)
-        mark = _mark("expanded_blocks") if obstacle else _mark("token_gate") if gate else {}
+        missing = "expanded_blocks" if obstacle else "token_gate" if gate else None
+        mark = {f"{_MARK}{missing}": torch.zeros(0, dtype=model.dtype)} if missing else {}
         if obstacle is None:
             save(model, directory, state | mark)
             reason = f"{auto_class(model)}.from_pretrained loads the whole model."
@@ -145,10 +146,6 @@ def _obstacle(model: PreTrainedModel, expansion: Expansion) -> str | None:
         )
         return f"{why}, as in this {name} model, needs a residual gate, which the architecture lacks"
     return expressed_by_config(model, find_blocks(model))
-
-
-def _mark(name: str) -> dict[str, Tensor]:
-    return {f"{_MARK}{name}": torch.zeros(0)}
 
 
 def _describe(
