@@ -42,7 +42,7 @@ class Averaging(Part):
         """Learn how many clients a round has asked, replacements included, and how many were there to be asked."""
 
     def figures(self, rounds: int) -> dict[str, float]:
-        """Return what is worth noting after so many rounds, for `metrics.jsonl`."""
+        """Return what is worth noting after this number of rounds, for `metrics.jsonl`."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,20 +257,24 @@ def krum_scores(squares: Tensor, malicious: int) -> Tensor:
 
 def clipped_changes(update: Update, state: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
     """Return an update's changes, float32; as one vector over all tensors they are scaled down to the norm `bound`."""
-    changes = {name: tensor.float() - state[name].float() for name, tensor in update.tensors.items()}
-    norm = torch.nn.utils.get_total_norm(changes.values()).item() if changes else 0.0
-    return changes if norm <= bound else {name: change * (bound / norm) for name, change in changes.items()}
+    changes, factor = _clipping(update, state, bound)
+    return {name: factor * change for name, change in changes.items()}
 
 
 def clip_update(update: Update, state: Mapping[str, Tensor], bound: float) -> Update:
     """Return the update with its change, as one vector over all of its tensors, scaled down to the norm `bound`."""
-    changes = {name: tensor.float() - state[name].float() for name, tensor in update.tensors.items()}
-    norm = torch.nn.utils.get_total_norm(changes.values()).item() if changes else 0.0
-    if norm <= bound:
+    changes, factor = _clipping(update, state, bound)
+    if factor == 1:
         return update
-    factor = bound / norm
     clipped = {name: (state[name].float() + factor * c).to(state[name].dtype) for name, c in changes.items()}
     return replace(update, tensors=clipped)
+
+
+def _clipping(update: Update, state: Mapping[str, Tensor], bound: float) -> tuple[dict[str, Tensor], float]:
+    """Return an update's changes, float32, and the factor, at most 1, that brings them to the norm `bound`."""
+    changes = {name: tensor.float() - state[name].float() for name, tensor in update.tensors.items()}
+    norm = torch.nn.utils.get_total_norm(changes.values()).item() if changes else 0.0
+    return changes, 1.0 if norm <= bound else bound / norm
 
 
 class _ClippedMean(HolderMean):

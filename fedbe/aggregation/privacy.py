@@ -80,7 +80,7 @@ class PrivateMean(Averaging):
         return _NoisySum(state, self.bound, self.bound * self.noise_multiplier, self._cohort, noise)
 
     def asked(self, clients: int, present: int) -> None:
-        """Count a round in which so many clients were asked out of so many that were there."""
+        """Count a round by the number of clients asked and the number that were there to be asked."""
         self._rounds[(clients, max(clients, present))] += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class PrivateMean(Averaging):
         self._rounds = Counter({(asked, present): count for asked, present, count in state.get("rounds", [])})
 
     def figures(self, rounds: int) -> dict[str, float]:
-        """Return ε after so many rounds, and δ; rounds of which nothing was told count as the whole cohort of all."""
+        """Return ε after this number of rounds, and δ; rounds not told of count as a cohort out of all clients."""
         told = Counter(self._rounds)
         told[(self._cohort, self._clients)] += max(0, rounds - told.total())
         return {"epsilon": epsilon(self.noise_multiplier, told, self.delta), "delta": self.delta}

@@ -38,9 +38,10 @@ class ResidentModule(L.LightningModule):
 
 
 class ClientModule(ResidentModule):
-    """One client's training of the shared model, in whose place and modes the client's tensors already are.
+    """One client's training of the shared model.
 
-    On its own, in any `L.Trainer`, it trains the named parameters by the model's own loss and freezes all others.
+    On its own, in any `L.Trainer`, it trains the named parameters by the model's own loss and freezes all others. In a
+    federation it is made by `of` from a run that has begun: freeze mask and training modes are the client's already.
 
     Args:
         model: The resident model.
@@ -63,6 +64,11 @@ class ClientModule(ResidentModule):
         self.trainable_names = tuple(trainable_names)
         self._run: LocalRun | None = run or LocalRun.alone(model, self.trainable_names, optimizer)
         self._forward_options = forward_options(model)
+
+    @classmethod
+    def of(cls, run: LocalRun) -> Self:
+        """Return the module of a client whose training has begun."""
+        return cls(run.plan.model, run.task.trainable_names, run.plan.optimizer, run)
 
     @property
     def run(self) -> LocalRun:

@@ -86,6 +86,8 @@ def most_samples(options: Mapping[str, Any], samples: float, batch_size: int) ->
         samples: Number of its training samples.
         batch_size: Samples in a batch.
     """
+    if not samples:
+        return 0.0
     steps, epochs = options.get("max_steps", -1), options.get("max_epochs", -1)
     of_epochs: float = epochs * samples if epochs > 0 else math.inf
     if steps <= 0 or not math.isfinite(samples):

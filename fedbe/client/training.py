@@ -65,7 +65,7 @@ class LocalTraining:
         started = time.perf_counter()
         run = self.begin(task)
         self.index.train_only(task.trainable_names)
-        module = ClientModule(self.plan.model, task.trainable_names, self.plan.optimizer, run)
+        module = ClientModule.of(run)
         try:
             with self.own_randomness(task):
                 fit(self.trainers.new(task.max_steps), module, self.batches(task))

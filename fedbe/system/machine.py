@@ -24,8 +24,8 @@ def trim_memory() -> None:
 class Trimming:
     """Gives freed memory back (`trim_memory`) between two clients when the process has grown, and not for each client.
 
-    What was given back must be fetched again, page by page: measured on small models, that made a client's round a
-    twentieth slower. What one client frees the next one takes, so that only what has grown since is too much.
+    What was given back must be fetched again, page by page: measured on small models, that made a client's round
+    5 % slower. What one client frees the next one takes, so that only what has grown since is too much.
 
     Args:
         growth: By which factor the process may grow from before the first client after a trim to before any later one.

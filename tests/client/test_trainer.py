@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from toy import ToyData, toy_plan
 
 from fedbe.client.plan import prepare_model
-from fedbe.client.trainer import Trainers, fit, quiet_trainer
+from fedbe.client.trainer import Trainers, fit, most_samples, quiet_trainer
 from fedbe.engines import InProcess
 from fedbe.errors import Terminated
 from fedbe.messages import FitTask, Update
@@ -155,3 +155,18 @@ def test_clients_train_outside_of_the_main_thread():
 def test_an_epoch_counts_where_a_task_says_nothing_of_steps():
     engine, tasks = started(trainer={"max_steps": -1, "max_epochs": 1}, data=ToyData(clients=1, samples=(10,)))
     assert engine.attempt(tasks[0]).samples == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "most"),
+    [
+        ({"max_steps": 3}, 0, 0),
+        ({"max_epochs": 2}, 0, 0),
+        ({"max_steps": 3}, 5, 9),  # batches of 4, 1 and 4 samples
+        ({"max_steps": 2}, 100, 8),
+        ({"max_epochs": 2}, 5, 10),
+        ({"max_steps": 9, "max_epochs": 1}, 5, 5),
+    ],
+)
+def test_a_client_counts_for_the_samples_that_it_can_have_seen(options, samples, most):
+    assert most_samples(options, samples, 4) == most

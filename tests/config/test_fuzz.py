@@ -88,7 +88,7 @@ def mutated(config, chance):
         elif kind == "list":
             node[key] = [node[key]]
         elif kind == "deep":
-            node[key] = eval("[" * 30 + "]" * 30)
+            node[key] = json.loads("[" * 30 + "]" * 30)
         elif kind == "gone":
             del node[key]
         elif kind == "renamed" and isinstance(node, dict):
